@@ -28,7 +28,8 @@ def use_own_repository(app, config) -> None:
     url = f"https://github.com/{repository}"
     config.html_theme_options["repository_url"] = url
     config.extlinks["src"] = (f"{url}/blob/main/%s", "%s")
-    config.html_baseurl = config.ogp_site_url = f"https://{owner}.github.io/{name}/"
+    config.html_baseurl = f"https://{owner}.github.io/{name}/"
+    config.notfound_urls_prefix = f"/{name}/"
     config.book_colab = (
         f"https://colab.research.google.com/github/{repository}/blob/gh-pages"
     )

@@ -15,6 +15,7 @@ from groundup.transformer.residual_norm import (
     Residual,
     layer_norm,
     layer_norm_backward,
+    standardise,
 )
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,6 +38,16 @@ def test_by_hand():
     torch.testing.assert_close(
         layer_norm(row, weight, bias, eps=0.0), 2 * expected + 10, **TIGHT
     )
+
+
+@pytest.mark.parametrize("eps", [0.0, 5.0, 12.0])
+def test_standardise_returns_the_factor_that_it_used(eps):
+    """Variance 4: 1 / sqrt(4), 1 / sqrt(9), 1 / sqrt(16)."""
+    row = torch.tensor([1.0, 3, 4, 5, 7], dtype=torch.float64)
+    x_hat, inverse_std = standardise(row, eps)
+    expected = {0.0: 1 / 2, 5.0: 1 / 3, 12.0: 1 / 4}[eps]
+    assert inverse_std.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(x_hat, (row - 4) * expected, **TIGHT)
 
 
 def test_eps_is_inside_the_root_by_hand():

@@ -279,7 +279,7 @@ def numeric_gradient(
 
 
 def relative_error(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> float:
-    """Return |a - b| / max(|a|, |b|) in Euclidean norms: 0 if equal, at most 2."""
+    """Return norm(a - b) / max(norm(a), norm(b)): 0 if equal, at most 2."""
     largest = max(np.linalg.norm(a), np.linalg.norm(b))
     return float(np.linalg.norm(a - b) / largest) if largest > 0 else 0.0
 

@@ -220,9 +220,9 @@ def fit_reward(
     """Fit Bradley-Terry weights w to pairs of answers.
 
     The model is P(chosen beats rejected) = sigmoid(w . difference). The loss is the
-    mean of -ln P, plus ridge |w|^2 / 2, which keeps w finite where the features
-    separate all pairs. Each step divides the gradient by the largest curvature that
-    the loss can have, so the loss never rises.
+    mean of -ln P, plus ridge times half the square of w, which keeps w finite where
+    the features separate all pairs. Each step divides the gradient by the largest
+    curvature that the loss can have, so the loss never rises.
 
     Args:
         difference: features of the chosen answer minus those of the rejected one.

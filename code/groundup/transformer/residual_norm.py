@@ -19,14 +19,18 @@ EPS = 1e-5  # the default of torch.nn.LayerNorm and of GPT-2
 PLACEMENTS = ("pre", "post", "none")
 
 
-def _standardise(
-    x: Float[Tensor, "... C"], eps: float
+def standardise(
+    x: Float[Tensor, "... C"], eps: float = EPS
 ) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... 1"]]:
-    """Return x with mean 0 and variance 1 along C, and 1 / sqrt(variance + eps)."""
+    """Return each row with mean 0 and variance v / (v + eps), and 1 / sqrt(v + eps).
+
+    v is the row's biased variance: divided by C, not C - 1. The result has x's
+    dtype. Example: x = [1, 3], eps = 0 gives [-1, 1] and [1].
+    """
     centred = x - x.mean(-1, keepdim=True)
     # Two passes: E[x^2] - E[x]^2 would cancel when the mean is large.
     variance = centred.square().mean(-1, keepdim=True)
-    inverse_std = torch.rsqrt(variance + eps)
+    inverse_std = torch.rsqrt(variance + eps)  # eps inside the root
     return centred * inverse_std, inverse_std
 
 
@@ -59,7 +63,7 @@ def layer_norm(
     """
     if eps < 0:
         raise ValueError(f"eps must be at least 0; got {eps}")
-    y, _ = _standardise(_wide(x), eps)
+    y, _ = standardise(_wide(x), eps)
     if weight is not None:
         y = y * _wide(weight)
     if bias is not None:
@@ -79,7 +83,7 @@ def layer_norm_backward(
     and its part along x-hat; then divide by the row's sqrt(variance + eps). Written
     out to be read and tested; training uses autograd. Shapes as in `layer_norm`.
     """
-    x_hat, inverse_std = _standardise(x, eps)
+    x_hat, inverse_std = standardise(x, eps)
     g = grad if weight is None else grad * weight
     along = (g * x_hat).mean(-1, keepdim=True)
     return inverse_std * (g - g.mean(-1, keepdim=True) - along * x_hat)
