@@ -14,6 +14,7 @@ from groundup.transformer.block import (
     Block,
     BlockConfig,
     MiniFormer,
+    fuse,
     load_gpt2_block,
     reach,
 )
@@ -200,3 +201,66 @@ def test_reach_refuses_a_change_that_is_none():
         reach(model, ids, 1, 2)
     with pytest.raises(ValueError, match=r"position must lie in 0\.\.2; got 3"):
         reach(model, ids, 3, 0)
+
+
+# ------------------------------------------- torch's kernels, other masks, dropout
+
+
+def excite(module):
+    """Weights large enough that a wrong kernel shows."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.4 * torch.randn_like(parameter))
+    return module.double()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_torchs_kernels_give_the_same_outputs_and_gradients(activation, norm):
+    config = dataclasses.replace(SMALL, activation=activation, norm=norm)
+    block = excite(Block(config))
+    x = (3 * torch.randn(2, 9, 16, dtype=torch.float64)).requires_grad_()
+    clear = block(x)
+    by_hand = torch.autograd.grad(clear.square().sum(), [x, *block.parameters()])
+    fused = fuse(block)(x)
+    by_torch = torch.autograd.grad(fused.square().sum(), [x, *block.parameters()])
+    torch.testing.assert_close(fused, clear, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(by_torch, by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_the_switch_can_be_taken_back():
+    block = fuse(Block(SMALL))
+    assert all(m.fused for m in block.modules() if hasattr(m, "fused"))
+    assert fuse(block, False) is block
+    assert not any(m.fused for m in block.modules() if hasattr(m, "fused"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_mask_takes_the_place_of_the_causal_one(fused):
+    """A mask a row: the first is causal, the second lets everything see everything."""
+    block = fuse(excite(Block(SMALL)), fused)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    out = block(x, torch.stack((causal, torch.ones_like(causal))))
+    torch.testing.assert_close(out[0], block(x)[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block(x, causal), block(x), rtol=1e-10, atol=1e-10)
+    block.attention.sublayer.causal = False
+    torch.testing.assert_close(out[1], block(x)[1], rtol=1e-10, atol=1e-10)
+    assert (out[1] - out[0])[0].norm() > 0.1
+
+
+def test_dropout_acts_on_the_branches_and_in_training_mode_only():
+    """With p near 1 nearly nothing of a branch is left: the stream runs through."""
+    block = Block(dataclasses.replace(SMALL, dropout=0.999))
+    x = torch.randn(4, 6, 16)
+    same = (block.train()(x) == x).float().mean()
+    assert same > 0.97  # 0.999² untouched; fewer by chance: below 1e-6
+    without = Block(SMALL)
+    without.load_state_dict(block.state_dict())
+    torch.testing.assert_close(block.eval()(x), without(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_outside_its_range_is_refused(dropout):
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\)"):
+        BlockConfig(dropout=dropout)

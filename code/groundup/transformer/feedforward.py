@@ -14,6 +14,7 @@ Axes: `...` any leading axes (batch, position), `B` batch, `T` positions, `C` d_
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +69,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "identity": _identity,  # for the ablation: the layer without its non-linearity
 }
+# The same functions in one pass over x each, by torch.
+FUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
 
 
 def block_cost(d_model: int, d_ff: int, n_keys: int) -> dict[str, dict[str, int]]:
@@ -112,6 +119,8 @@ class FeedForward(nn.Module):
         ValueError: a width is below 1, or the activation is unknown.
     """
 
+    fused = False  # True: torch's kernels for the activation
+
     def __init__(
         self,
         d_model: int,
@@ -135,7 +144,8 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... F"]:
         """The activations between the two maps: one number per hidden unit."""
-        return ACTIVATIONS[self.activation](self.up(x))
+        functions = FUSED if self.fused else ACTIVATIONS
+        return functions[self.activation](self.up(x))
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Map each token's vector by itself; no token sees another."""

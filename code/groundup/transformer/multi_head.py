@@ -15,6 +15,7 @@ size, `C` model width, `V` bytes (256), `...` any leading axes.
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from groundup.foundations.fitting import N_BYTES
 from groundup.transformer.positions import SinusoidalPositions
@@ -61,6 +62,8 @@ class MultiHeadAttention(nn.Module):
         ValueError: n_heads does not divide d_model.
     """
 
+    fused = False  # True: torch's kernel, which never forms the weights
+
     def __init__(
         self, d_model: int, n_heads: int, *, bias: bool = True, causal: bool = True
     ) -> None:
@@ -78,15 +81,24 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Float[Tensor, "B T C"],
         *,
+        mask: Bool[Tensor, "..."] | None = None,
         keep_heads: Bool[Tensor, "H"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         """Return what the heads found, mixed by the projection.
 
         Args:
             x: the sequences.
+            mask: (T, T) or (B, T, T), True = may attend, in place of the causal one.
             keep_heads: False removes a head: its output is 0 before `proj`.
         """
-        out, _ = self._attend(x)
+        if self.fused:
+            mask = None if mask is None else mask.unsqueeze(-3)  # the same in all heads
+            causal = self.causal and mask is None
+            out = F.scaled_dot_product_attention(
+                *self._project(x), mask, is_causal=causal
+            )
+        else:
+            out, _ = self._attend(x, mask)
         if keep_heads is not None:
             out = out * keep_heads.to(out)[:, None, None]
         return self.proj(merge_heads(out))
@@ -95,10 +107,15 @@ class MultiHeadAttention(nn.Module):
         """Return the weights alone: entry (b, h, t, s), what t takes from s."""
         return self._attend(x)[1]
 
-    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, -1))
-        mask = causal_mask(x.shape[1], device=x.device) if self.causal else None
-        return attention(q, k, v, mask)
+    def _project(self, x: Tensor) -> list[Tensor]:
+        return [split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, -1)]
+
+    def _attend(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            mask = mask.unsqueeze(-3)  # the same in all heads
+        elif self.causal:
+            mask = causal_mask(x.shape[1], device=x.device)
+        return attention(*self._project(x), mask)
 
 
 class AttentionOnly(nn.Module):

@@ -14,6 +14,7 @@ Axes: `...` any leading axes (batch, position), `C` d_model.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 EPS = 1e-5  # the default of torch.nn.LayerNorm and of GPT-2
 PLACEMENTS = ("pre", "post", "none")
@@ -100,6 +101,8 @@ class LayerNorm(nn.Module):
         ValueError: d_model is below 1 or eps is negative.
     """
 
+    fused = False  # True: torch's kernel, one pass over x
+
     def __init__(self, d_model: int, eps: float = EPS) -> None:
         super().__init__()
         if d_model < 1:
@@ -112,6 +115,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Normalise along the last axis."""
+        if self.fused:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -123,6 +128,7 @@ class Residual(nn.Module):
         d_model: width C.
         norm: "pre" normalises the branch's input, "post" the sum, "none" nothing.
         residual: False drops the term x, for ablations.
+        dropout: share of f's output that is zeroed in training mode, in [0, 1).
 
     Raises:
         ValueError: norm is none of `PLACEMENTS`.
@@ -135,18 +141,20 @@ class Residual(nn.Module):
         *,
         norm: str = "pre",
         residual: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if norm not in PLACEMENTS:
             raise ValueError(f"norm must be one of {PLACEMENTS}; got {norm!r}")
         self.sublayer = sublayer
         self.norm = nn.Identity() if norm == "none" else LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.placement = norm
         self.residual = residual
 
     def forward(self, x: Float[Tensor, "... C"], **options) -> Float[Tensor, "... C"]:
         """Return the wrapped sublayer's output; options go to the sublayer."""
         branch = self.norm(x) if self.placement == "pre" else x
-        branch = self.sublayer(branch, **options)
+        branch = self.dropout(self.sublayer(branch, **options))
         y = x + branch if self.residual else branch
         return self.norm(y) if self.placement == "post" else y
