@@ -75,3 +75,43 @@ def test_discover_imports_the_bench_module_of_each_part(
 def test_discover_walks_the_package_itself(registry):
     """Every registered benchmark of the book can be imported."""
     assert bench.discover() is registry
+
+
+def table_file(tmp_path, block=""):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{bench.START}\n{block}{bench.END}\nafter\n")
+    return path
+
+
+def test_the_table_is_written_between_its_marks(tmp_path):
+    path = table_file(tmp_path)
+    claims = [Claim("speed", 2.5, 2.0, "5 ms for 12"), Claim("memory", 1.234, 2.0)]
+    bench.write_table(path, {"cache": claims}, "Measured on: an abacus.")
+    assert path.read_text() == (
+        f"before\n{bench.START}\n{bench.HEAD}\n"
+        "| `cache` | speed | 2.5 | 2 | 5 ms for 12 |\n"
+        "| `cache` | memory | **1.23** | 2 |  |\n\n"
+        f"Bold: target missed. Measured on: an abacus.\n{bench.END}\nafter\n"
+    )
+
+
+def test_rows_of_other_benchmarks_stay_and_old_ones_go(tmp_path):
+    path = table_file(tmp_path)
+    bench.write_table(
+        path, {"b": [Claim("x", 1.0, 1.0)], "c": [Claim("y", 2.0, 1.0)]}, "old"
+    )
+    bench.write_table(
+        path, {"b": [Claim("x", 3.0, 1.0)], "a": [Claim("z", 4.0, 1.0)]}, "new"
+    )
+    rows = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    assert [row.split(" | ")[2] for row in rows] == ["4", "3", "2"]
+    assert "last year" not in path.read_text()
+    assert path.read_text().count(bench.HEAD) == 1
+
+
+def test_a_file_without_the_marks_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="must hold the lines <!-- bench -->"):
+        bench.write_table(path, {"a": [Claim("x", 1.0, 1.0)]}, "")
+    assert path.read_text() == "nothing here\n"

@@ -1,6 +1,7 @@
 """Finding, reading and running pages, on a small book made here."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -214,6 +215,16 @@ def test_digest_changes_with_what_is_imported_and_only_then(package, monkeypatch
     assert pages.digest(notebook, root) == changed
     monkeypatch.setenv(pages.REBUILD_FLAG, "all")
     assert pages.digest(notebook, root) != changed
+
+
+def test_an_import_that_is_added_counts_at_once(package):
+    """One process may see two versions of a module; what it parsed must not stay."""
+    notebook, root = package
+    assert root / "code/groundup/c.py" not in pages.dependencies(notebook, root)
+    base = root / "code/groundup/sub/d.py"
+    base.write_text("from groundup import c\n\nVALUE = 3\n")
+    os.utime(base, ns=(0, base.stat().st_mtime_ns + 1))
+    assert root / "code/groundup/c.py" in pages.dependencies(notebook, root)
 
 
 def test_imports_inside_functions_and_relative_ones_count():

@@ -101,6 +101,8 @@ def test_matrix_writes_every_number_in_readable_ink():
     values = np.array([[0.0, 1.25], [-np.inf, np.nan]])
     ax = plotting.matrix(values, rows=["p", "q"])
     assert [t.get_text() for t in ax.texts] == ["0.00", "1.25", "-∞"]
+    signed = plotting.matrix([[-0.001, -0.009]])
+    assert [t.get_text() for t in signed.texts] == ["0.00", "-0.01"]
     colours = mpl.colormaps[plotting.MAGNITUDE]
     for text, share in zip(ax.texts[:2], (0.0, 1.0), strict=True):
         assert contrast(text.get_color(), to_hex(colours(share))) >= 4.5

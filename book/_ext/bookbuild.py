@@ -7,8 +7,11 @@
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
+
+from docutils import nodes
 
 import execution
 import figures
@@ -57,6 +60,15 @@ def copy_mathjax(app, exception) -> None:
         (target / "NOTICE").write_text(notice, encoding="utf-8")
 
 
+def keep_percent_with_number(app, doctree, docname) -> None:
+    """No line of prose ends between a number and its percent sign."""
+    code = (nodes.FixedTextElement, nodes.literal, nodes.math)
+    for text in list(doctree.findall(nodes.Text)):
+        kept = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
+        if kept != text and not isinstance(text.parent, code):
+            text.parent.replace(text, nodes.Text(kept))
+
+
 def setup(app):
     """Register everything with Sphinx."""
     app.add_directive("listing", listing.Listing)
@@ -67,6 +79,7 @@ def setup(app):
     app.connect("env-get-outdated", execution.add_stale)
     app.connect("env-before-read-docs", execution.execute_missing)
     app.connect("source-read", execution.stamp_source)
+    app.connect("doctree-resolved", keep_percent_with_number)
     app.connect("env-check-consistency", figures.number_by_section)
     app.connect("html-page-context", figures.inline_svgs)
     app.connect("html-page-context", notebooks.add_buttons, priority=900)

@@ -1,16 +1,19 @@
 """The benchmarks of the book: a registry, and how a result is stated.
 
-Here: `register`, which a part's module `bench` uses, and `discover`, which imports
-those modules. Left out: the benchmarks themselves. Each lives beside what it
-measures, runs our code and the reference interleaved on the same inputs, and
-returns its claims; `groundup bench` prints them.
+Here: `register`, which a part's module `bench` uses, `discover`, which imports those
+modules, and the table of results in a Markdown file. Left out: the
+benchmarks themselves. Each lives beside what it measures, runs our code and the
+reference interleaved on the same inputs, and returns its claims; `groundup bench`
+prints them.
 """
 
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Claim:
     what: str
     ratio: float
     target: float
+    detail: str = ""  # the figures behind the ratio, for the table of the README
 
     @property
     def holds(self) -> bool:
@@ -76,3 +80,43 @@ def find(name: str, benchmarks: dict[str, Benchmark]) -> Benchmark:
         known = ", ".join(sorted(benchmarks)) or "none yet"
         raise ValueError(f"no benchmark is called {name!r}; there are: {known}")
     return benchmarks[name]
+
+
+START, END = "<!-- bench -->", "<!-- /bench -->"  # around the table in a Markdown file
+HEAD = "| benchmark | claim | ratio | target | |\n|---|---|--:|--:|---|"
+
+
+def write_table(
+    path: Path, results: Mapping[str, Sequence[Claim]], machine: str
+) -> None:
+    """Put results into the table of a Markdown file; rows of other benchmarks stay.
+
+    Args:
+        path: a file with the lines `<!-- bench -->` and `<!-- /bench -->`.
+        results: the claims of each benchmark that was run.
+        machine: what they were measured on, written below the table.
+
+    Raises:
+        ValueError: the file lacks the two lines.
+    """
+    text = path.read_text(encoding="utf-8")
+    found = re.search(f"{START}\n(.*?){END}", text, re.S)
+    if found is None:
+        raise ValueError(f"{path} must hold the lines {START} and {END}")
+    rows = [line for line in found[1].splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if row.split("`")[1] not in results]
+    for name, claims in results.items():
+        for claim in claims:
+            ratio = f"{claim.ratio:.3g}" if claim.holds else f"**{claim.ratio:.3g}**"
+            cells = (
+                f"`{name}`",
+                claim.what,
+                ratio,
+                f"{claim.target:.3g}",
+                claim.detail,
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+    table = "\n".join([HEAD, *sorted(rows, key=lambda row: row.split("`")[1])])
+    block = f"{START}\n{table}\n\nBold: target missed. {machine}\n{END}"
+    whole = text[: found.start()] + block + text[found.end() :]
+    path.write_text(whole, encoding="utf-8")

@@ -169,9 +169,9 @@ def matrix(
             continue
         share = np.clip((value - low) / (high - low), 0, 1) if high > low else 0.5
         ink = _ink_on(colours(share)) if np.isfinite(value) else INK
-        text = (
-            format(value, form) if np.isfinite(value) else ("∞" if value > 0 else "-∞")
-        )
+        text = "∞" if value > 0 else "-∞"
+        if np.isfinite(value):
+            text = format(value, "z" + form)  # z: what rounds to zero has no sign
         ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=10)
     _token_ticks(ax, rows, columns, values.shape)
     if rows is None:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from docutils import nodes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from sphinx.errors import ExtensionError
 
+import bookbuild
 import execution
 import figures
 import listing
@@ -136,6 +138,15 @@ def test_numbers_carry_the_section_and_start_anew():
 
 def test_numbers_of_unnumbered_pages_stay():
     assert numbered("Basics", figure={"a": (7,)}) == {"figure": {"a": (7,)}}
+
+
+def test_a_percent_sign_stays_with_its_number():
+    prose, code = nodes.paragraph("", "from 5 % to 0.4 %, % alone"), "x = 7 % 3"
+    page = nodes.section("", prose, nodes.literal_block("", code))
+    bookbuild.keep_percent_with_number(None, page, "page")
+    space = "\N{NO-BREAK SPACE}"
+    assert prose.astext() == f"from 5{space}% to 0.4{space}%, % alone"
+    assert page[1].astext() == code
 
 
 # Listings
