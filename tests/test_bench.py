@@ -72,9 +72,8 @@ def test_discover_imports_the_bench_module_of_each_part(
     assert sorted(bench.discover("toybook_for_discover")) == ["one", "two"]
 
 
-def test_discover_walks_the_package_itself(registry):
-    """Every registered benchmark of the book can be imported."""
-    assert bench.discover() is registry
+def test_discover_finds_those_of_the_book():
+    assert {"attention", "decode", "loss", "train-step"} <= set(bench.discover())
 
 
 def table_file(tmp_path, block=""):

@@ -202,7 +202,7 @@ def test_fetch_offline_is_a_failure_with_the_remedy(drawer, monkeypatch, capsys)
     ],
 )
 def test_wrong_requests(drawer, book, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(bench, "BENCHMARKS", {})
+    monkeypatch.setattr(bench, "discover", lambda: {})
     pages = book_pages(book)
     find = cli.find_page
     monkeypatch.setattr(cli, "find_page", lambda name: find(name, pages))
@@ -221,7 +221,9 @@ def test_a_line_that_cannot_be_parsed(arguments, capsys):
     assert "groundup" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("subcommand", ["list", "fetch", "run", "bench"])
+@pytest.mark.parametrize(
+    "subcommand", ["list", "fetch", "run", "train", "sample", "bench"]
+)
 def test_help_explains_each_subcommand(capsys, subcommand):
     with pytest.raises(SystemExit) as stopped:
         cli.main([subcommand, "--help"])
@@ -238,7 +240,7 @@ def test_an_error_of_ours_is_not_taken_for_one_of_the_reader(monkeypatch):
     def broken(quick):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(bench, "BENCHMARKS", {"broken": broken})
+    monkeypatch.setattr(bench, "discover", lambda: {"broken": broken})
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["bench", "broken"])
 
@@ -247,7 +249,7 @@ def test_an_error_of_ours_is_not_taken_for_one_of_the_reader(monkeypatch):
 
 
 def test_an_empty_registry_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "BENCHMARKS", {})
+    monkeypatch.setattr(bench, "discover", lambda: {})
     assert cli.main(["bench"]) == 0
     assert "No benchmark is registered yet" in capsys.readouterr().out
 
@@ -267,7 +269,7 @@ def test_bench_prints_a_line_a_claim(monkeypatch, capsys, arguments, status, lin
         "a": lambda q: [quick.append(q), Claim("x", 2.0, 1.0)][1:],
         "b": lambda q: [quick.append(q), Claim("y", 1.0, 2.0)][1:],
     }
-    monkeypatch.setattr(bench, "BENCHMARKS", registry)
+    monkeypatch.setattr(bench, "discover", lambda: registry)
     assert cli.main(arguments) == status
     assert capsys.readouterr().out.splitlines() == lines
     assert set(quick) == {"--quick" in arguments}

@@ -1,8 +1,9 @@
-"""The `groundup` command: list, fetch, run, bench.
+"""The `groundup` command: list, fetch, run, train, sample, bench.
 
 Here: what each subcommand prints and its exit status (0 done, 1 failed, 2 asked for
 something that does not exist, 130 interrupted). Left out: everything that the
-commands do; see `pages`, `bench` and `foundations.assets`.
+commands do; see `pages`, `bench`, `foundations.assets` and, for `train` and `sample`,
+`train_cli`.
 """
 
 import os
@@ -31,6 +32,7 @@ BenchName = Annotated[tyro.conf.Positional[str], _quiet(metavar="[NAME]")]
 Flag = Annotated[tyro.conf.FlagCreatePairsOff[bool], _quiet()]
 All = Annotated[tyro.conf.FlagCreatePairsOff[bool], _quiet(name="all")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+File = Annotated[Path | None, _quiet(metavar="FILE")]
 
 
 class UsageError(Exception):
@@ -120,16 +122,30 @@ def run(
 
 
 @app.command
+def train() -> int:
+    """Train a small model, on Shakespeare or on a text of your own."""
+    raise AssertionError("main hands this command to train_cli")
+
+
+@app.command
+def sample() -> int:
+    """Let a model that `groundup train` left write."""
+    raise AssertionError("main hands this command to train_cli")
+
+
+@app.command
 def bench(
     name: BenchName = "",
     *,
     quick: Flag = False,
+    table: File = None,
 ) -> int:
     """Measure our code against a reference; without a name, all that there is.
 
     Args:
         name: One benchmark.
         quick: Take seconds rather than minutes; the ratios then mean little.
+        table: Put the results into the table of this Markdown file.
     """
     known = benchmarks.discover()
     if name:
@@ -140,11 +156,18 @@ def bench(
     else:
         print("No benchmark is registered yet; each part of the book adds its own.")
         return 0
-    missed = 0
+    missed, results = 0, {}
     for title, measure in chosen.items():
-        for claim in measure(quick):
+        results[title] = measure(quick)
+        for claim in results[title]:
             print(claim.line(title) + ("" if claim.holds else "  MISSED"), flush=True)
             missed += not claim.holds
+    if table is not None:
+        from groundup.foundations.environment import describe_machine
+
+        facts = ", ".join(f"{k} {v}" for k, v in describe_machine().items())
+        with _usage():
+            benchmarks.write_table(table, results, f"Measured on: {facts}.")
     return FAILED if missed and not quick else 0
 
 
@@ -155,8 +178,12 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows `groundup`; by default, the process's own.
     """
     about = "Read, run and measure the code of LLMs from the Ground Up."
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app.cli(prog="groundup", description=about, args=arguments)
+        if arguments and arguments[0] in ("train", "sample"):
+            status = _with_torch(*arguments)
+        else:
+            status = app.cli(prog="groundup", description=about, args=arguments)
         sys.stdout.flush()  # a reader that went away is noticed here
         return status
     except UsageError as error:
@@ -171,6 +198,22 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `groundup list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _with_torch(command: str, *arguments: str) -> int:
+    """Run `train` or `sample`; what they refuse is a wrong use of the command line."""
+    from groundup import train_cli
+
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    try:
+        return tyro.cli(
+            getattr(train_cli, command),
+            prog=f"groundup {command}",
+            args=arguments,
+            config=options,
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _run_all(out: Path) -> int:

@@ -1,0 +1,214 @@
+"""Benchmarks of training: a step against transformers', a minute against the GPT.
+
+Here: `train-step`, the time of one update of our models and of transformers' models of
+the same sizes; `loss`, what our two models learn in equal time. Left out: generation
+(`bench_decode`).
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from groundup.bench import Claim, register
+from groundup.foundations.environment import matmul_rates
+from groundup.modern.decoder import Decoder, DecoderConfig
+from groundup.training.batching import Corpus, shakespeare_split
+from groundup.training.gpt import GPT, GPTConfig
+from groundup.training.loop import DTYPES, TrainConfig, train, window_losses
+
+LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 6, 384, 6, 256, 16
+PEAK_SIZE = 2048  # of the matrices whose product states the machine's peak
+
+
+def _models() -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """Four models of the same sizes, and how each turns ids into logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    sizes = {"n_layers": LAYERS, "d_model": WIDTH, "n_heads": HEADS}
+    gpt, decoder = (
+        GPT(GPTConfig(context=CONTEXT, **sizes)),
+        Decoder(DecoderConfig(**sizes)),
+    )
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=gpt.config.n_vocab,
+            n_positions=CONTEXT,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=decoder.config.n_vocab,
+            hidden_size=WIDTH,
+            intermediate_size=decoder.config.width,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            tie_word_embeddings=True,
+            max_position_embeddings=CONTEXT,
+        )
+    )
+    return {
+        "GPT": (gpt, gpt),
+        "GPT-2 of transformers": (gpt2, lambda x: gpt2(x, use_cache=False).logits),
+        "Decoder": (decoder, decoder),
+        "Llama of transformers": (llama, lambda x: llama(x, use_cache=False).logits),
+    }
+
+
+def step_flops(model: nn.Module) -> int:
+    """Return the FLOPs of one update: 6 a matrix entry and token, and the scores.
+
+    Only matrices that multiply are counted (a tied embedding once, as the head), and of
+    the scores the half that a causal mask leaves.
+    """
+    blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    entries = blocks + model.embed.weight.numel()
+    tokens = BATCH * CONTEXT
+    return tokens * (6 * entries + 6 * LAYERS * CONTEXT * WIDTH)
+
+
+@register("train-step")
+def train_step(quick: bool) -> list[Claim]:
+    """Time one update of each model in each dtype, in turns."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    x, y = shakespeare_split().train.sample(BATCH, CONTEXT, generator)
+    models = _models()
+
+    def stepper(name: str, dtype: str) -> Callable[[], None]:
+        model, logits = models[name]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step() -> None:
+            with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+                out = logits(x)
+            F.cross_entropy(out.flatten(0, 1).float(), y.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    sides = {(n, d): stepper(n, d) for n in models for d in DTYPES}
+    seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
+    rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    for step in sides.values():
+        step()  # the first one allocates and compiles
+    for _ in range(1 if quick else 9):
+        for side, step in sides.items():
+            start = time.perf_counter()
+            step()
+            seconds[side].append(time.perf_counter() - start)
+        for dtype in DTYPES:
+            rate = matmul_rates(DTYPES[dtype], [PEAK_SIZE], budget=1.0)
+            rates[dtype].append(rate[PEAK_SIZE])
+    took = {side: statistics.median(each) for side, each in seconds.items()}
+    peak = {dtype: statistics.median(each) for dtype, each in rates.items()}
+
+    tokens = BATCH * CONTEXT
+    print(f"{torch.get_num_threads()} threads; matmul peak (median):", end=" ")
+    print(", ".join(f"{d} {r / 1e9:.0f} GFLOP/s" for d, r in peak.items()))
+    print(f"{'model':<24}{'dtype':<10}{'ms':>7}{'tokens/s':>10}{'of peak':>9}")
+    share = {}
+    for (name, dtype), each in took.items():
+        ours = "GPT" if "GPT" in name else "Decoder"
+        share[name, dtype] = step_flops(models[ours][0]) / each / peak[dtype]
+        print(
+            f"{name:<24}{dtype:<10}{each * 1e3:>7.0f}{tokens / each:>10.0f}"
+            f"{share[name, dtype]:>9.2f}"
+        )
+    claims = []
+    for ours, theirs in (
+        ("GPT", "GPT-2 of transformers"),
+        ("Decoder", "Llama of transformers"),
+    ):
+        low, high = took[ours, "bfloat16"], took[ours, "float32"]
+        claims += [
+            Claim(f"{ours} bf16 / their bf16", took[theirs, "bfloat16"] / low, 1.1),
+            Claim(f"{ours} bf16 / their fp32", took[theirs, "float32"] / low, 3.5),
+            Claim(f"{ours} fp32 / their fp32", took[theirs, "float32"] / high, 1.0),
+            Claim(f"{ours} bf16 share of peak", share[ours, "bfloat16"], 0.45),
+            Claim(f"{ours} fp32 share of peak", share[ours, "float32"], 0.75),
+        ]
+    return claims
+
+
+LOSS_SIZES = {"d_model": 192, "n_layers": 4, "n_heads": 6}
+LOSS_RECIPE = TrainConfig(
+    batch=16, context=128, lr=5e-3, lr_end=0.0, dtype="bfloat16", eval_every=20
+)
+LOSS_SECONDS = 60.0  # of training, a run
+
+
+def _with_steps(steps: int) -> TrainConfig:
+    return replace(LOSS_RECIPE, steps=steps, warmup=min(100, steps // 10))
+
+
+def _steps_in(seconds: float, make: Callable[[], nn.Module], corpus: Corpus) -> int:
+    """Estimate how many updates fit, from a few of them."""
+    model, few = make(), 8
+    train(model, corpus, _with_steps(2))
+    start = time.perf_counter()
+    train(model, corpus, _with_steps(few))
+    return max(20, round(seconds * few / (time.perf_counter() - start)))
+
+
+@register("loss")
+def loss(quick: bool) -> list[Claim]:
+    """Train both models for the same time, three seeds each, in turns.
+
+    The validation losses on the way are read inside that time, by both alike.
+    """
+    split = shakespeare_split()
+    x, y = split.validation.windows(LOSS_RECIPE.context)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "GPT": lambda: GPT(GPTConfig(context=LOSS_RECIPE.context, **LOSS_SIZES)),
+        "Decoder": lambda: Decoder(DecoderConfig(tied=False, **LOSS_SIZES)),
+    }
+    seconds = 4.0 if quick else LOSS_SECONDS
+    steps = {
+        name: _steps_in(seconds, make, split.train) for name, make in makers.items()
+    }
+    curves: dict[str, list[dict[int, float]]] = {name: [] for name in makers}
+    print(f"{'model':<9}{'seed':>5}{'updates':>9}{'seconds':>9}{'bits per byte':>15}")
+    for seed in (0, 1, 2):
+        for name, make in makers.items():
+            torch.manual_seed(seed)
+            model, config = make(), replace(_with_steps(steps[name]), seed=seed)
+            start = time.perf_counter()
+            history = train(model, split.train, config, split.validation)
+            took = time.perf_counter() - start
+            final = window_losses(model, x, y).mean().item()
+            curves[name].append({**history.validation, config.steps: final})
+            print(
+                f"{name:<9}{seed:>5}{config.steps:>9}{took:>9.1f}"
+                f"{final / math.log(2):>15.3f}",
+                flush=True,
+            )
+    gpt = statistics.mean(curve[steps["GPT"]] for curve in curves["GPT"])
+    decoder = statistics.mean(curve[steps["Decoder"]] for curve in curves["Decoder"])
+    reached = [
+        next((step for step, value in sorted(curve.items()) if value <= gpt), math.inf)
+        for curve in curves["Decoder"]
+    ]
+    print(f"the Decoder reaches the GPT's mean loss after {reached} updates")
+    return [
+        Claim("GPT / Decoder bits per byte in equal time", gpt / decoder, 1.0),
+        Claim(
+            "GPT / Decoder tokens to the GPT's loss",
+            steps["GPT"] / statistics.median(reached),
+            2.0,
+        ),
+    ]
