@@ -241,6 +241,18 @@ def test_finished_rows_stop_and_leave_the_others_alone(cache):
     assert generate(model, PROMPTS, 20, stop=[stop], cache=cache) == expected
 
 
+def test_a_finished_row_is_not_read_on():
+    """Its cache ends where it stopped: the stop token was chosen, and never read."""
+    model = decoder()
+    free = generate(model, PROMPTS, 20)
+    stop = free[1][4]
+    cache = cache_for(model, 40, 3)
+    rows = generate(model, PROMPTS, 20, stop=[stop], cache=cache)
+    read = [len(p) + len(row) - 1 for p, row in zip(PROMPTS, rows, strict=True)]
+    assert cache.next_positions(1)[:, 0].tolist() == read
+    assert len(set(read)) > 1
+
+
 def test_reads_no_more_when_all_have_stopped():
     model, calls = decoder(), []
     model.register_forward_hook(lambda *_: calls.append(1))

@@ -241,9 +241,8 @@ def test_second_derivatives_of_the_clear_form_and_refusal_by_the_fast_one():
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(rms_norm, (x, weight, 0.1))
-    (once,) = torch.autograd.grad(fast(x, weight).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        once.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no second derivative; call fuse\(model"):
+        torch.autograd.grad(fast(x, weight).sum(), x, create_graph=True)
 
 
 # -------------------------------------------------------------------- module
@@ -292,7 +291,7 @@ def test_the_layer_starts_at_one_and_passes_its_eps_on():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_decoder_ignores_the_length_of_its_stream(fused):
-    """Every branch reads through a norm, so scaling what enters the last one is lost."""
+    """The last norm forgets the scale of what the blocks have written."""
     model = fuse(Decoder(DecoderConfig(d_model=16, n_layers=1, n_heads=2)), fused)
     x = torch.randn(2, 3, 16)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from groundup.modern import bench_attention
 from groundup.modern.decoder import Decoder, DecoderConfig
 from groundup.modern.gqa import grouped_attention_clear
 from groundup.modern.kv_cache import KVCache
@@ -366,6 +367,24 @@ def test_local_decoder_starts_like_a_decoder():
     torch.manual_seed(1)
     for name, tensor in LocalDecoder(SIZES).state_dict().items():
         assert torch.equal(tensor, plain[name])
+
+
+# --- the benchmark ----------------------------------------------------------------
+
+
+def test_benchmark_compares_before_it_times(capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    claims = bench_attention.attention(quick=True)
+    assert [(c.what, c.target) for c in claims] == [
+        ("local-vs-dense", 5),
+        ("block-sparse-vs-dense", 4),
+    ]
+    assert all(claim.ratio > 0 for claim in claims)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    monkeypatch.setattr(bench_attention, "local_attention", lambda q, k, v, window: v)
+    with pytest.raises(AssertionError, match="not close"):
+        bench_attention.attention(quick=True)
+    assert torch.get_num_threads() == threads
 
 
 # --- refusals ---------------------------------------------------------------------

@@ -85,8 +85,8 @@ def grouped_attention(
     shared = n_heads > n_groups
     if shared and n_queries == 1 and (mask is None or mask.shape[1] == 1):
         # Decoding: the queries of a group are rows that share keys and mask.
-        rows = q.view(q.shape[0], n_groups, n_heads // n_groups, -1)
-        return F.scaled_dot_product_attention(rows, k, v, mask).view(q.shape)
+        rows = q.reshape(q.shape[0], n_groups, n_heads // n_groups, -1)
+        return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, enable_gqa=shared
     )

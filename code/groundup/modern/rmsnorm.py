@@ -3,14 +3,13 @@
 Here: the function, its gradient in closed form, and the module. Left out: partial
 RMSNorm, which takes the statistics from a part of the row.
 
-Source: Zhang and Sennrich (2019), section 3, eq. 4. Page: book/3-modern/rmsnorm.md.
+Source: Zhang and Sennrich (2019), section 4, eq. 4. Page: book/3-modern/rmsnorm.md.
 Axes: `...` any leading axes (batch, position), `C` d_model.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPS = 1e-5  # Llama 2 and 3, SmolLM2; Qwen2 has 1e-6, which is also T5's
@@ -46,8 +45,11 @@ def _wide(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """`rms_norm` with its gradient in closed form, for speed on a CPU.
 
-    Keeps x and one number a row for the way back. It can be differentiated once; a
-    second derivative is refused by torch (RuntimeError), and `rms_norm` has it.
+    Keeps x and one number a row for the way back. A second derivative is refused;
+    `rms_norm` has it.
+
+    Raises:
+        RuntimeError: backward with create_graph=True.
     """
 
     @staticmethod
@@ -63,15 +65,18 @@ class _RMSNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the fast RMSNorm has no second derivative; call fuse(model, False)"
+            )
         x, weight, inverse = ctx.saved_tensors
-        wide, grad = _wide(x), _wide(grad)
+        wide, grad, scale = _wide(x), _wide(grad), _wide(weight)
         product = grad * wide
         weight_grad = product.reshape(-1, x.shape[-1]).T @ inverse.flatten()
         # the part along x could only change its length, which the norm forgets
-        along = (product @ weight).unsqueeze(-1) * inverse**3 / x.shape[-1]
-        x_grad = (grad * weight).mul_(inverse).addcmul_(wide, along, value=-1)
+        along = (product @ scale).unsqueeze(-1) * inverse**3 / x.shape[-1]
+        x_grad = (grad * scale).mul_(inverse).addcmul_(wide, along, value=-1)
         return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None
 
 

@@ -101,7 +101,8 @@ def rotate(
     Example: D = 2 and an angle of π/2: (1, 0) becomes (0, 1).
     """
     _check_halves(x, cos)
-    return _Turn.apply(x, cos, sin)
+    turn = _Turn.apply if torch.is_grad_enabled() else _Turn.forward
+    return turn(x, cos, sin)
 
 
 class _Turn(torch.autograd.Function):

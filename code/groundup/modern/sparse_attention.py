@@ -129,7 +129,7 @@ def block_sparse_attention(
     for i, (queries, row) in enumerate(
         zip(q.split(block, dim=2), layout.tolist(), strict=True)
     ):
-        listed = [j for j, listed in enumerate(row) if listed]
+        listed = [j for j, reads in enumerate(row) if reads]
         if not listed:
             out.append(torch.zeros_like(queries))
             continue

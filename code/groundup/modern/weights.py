@@ -180,6 +180,16 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> Decoder:
     return load_hf(state, config, dtype)
 
 
+def to_hf(decoder: Decoder) -> dict[str, Tensor]:
+    """Return the weights under Hugging Face's names, not copied; undoes `load_hf`."""
+    mine = decoder.state_dict()
+    state = {}
+    for name, parts in places(decoder.config).items():
+        sizes = [shape[0] for shape in parts.values()]
+        state |= zip(parts, mine[name].split(sizes), strict=True)
+    return state
+
+
 def save_hf(decoder: Decoder, folder: Path, *, context: int = 8192) -> None:
     """Write config.json and model.safetensors, which transformers reads.
 
@@ -203,23 +213,19 @@ def save_hf(decoder: Decoder, folder: Path, *, context: int = 8192) -> None:
         )
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: remove it, or choose another")
-    mine = decoder.state_dict()
-    state = {}
-    for name, parts in places(config).items():
-        sizes = [shape[0] for shape in parts.values()]
-        for part, rows in zip(parts, mine[name].split(sizes), strict=True):
-            state[part] = rows.contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as t:
         new = Path(t) / "new"
         new.mkdir()
+        state = {name: part.contiguous() for name, part in to_hf(decoder).items()}
         save_file(state, new / "model.safetensors", {"format": "pt"})
-        text = json.dumps(_their_config(decoder, context), indent=1)
+        text = json.dumps(hf_config(decoder, context), indent=1)
         (new / "config.json").write_text(f"{text}\n", "utf-8")
         os.replace(new, folder)
 
 
-def _their_config(decoder: Decoder, context: int) -> dict[str, Any]:
+def hf_config(decoder: Decoder, context: int = 8192) -> dict[str, Any]:
+    """Return what `config.json` says of decoder; undoes `config_of`."""
     config = decoder.config
     kind, name = "llama", "LlamaForCausalLM"
     if config.qkv_bias:

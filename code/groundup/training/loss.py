@@ -6,7 +6,7 @@ guesser without context reaches, and a check that tells labels that are shifted 
 the wrong number of places. Left out: label smoothing and class weights; the
 interval of a measured loss (page 2.6).
 
-Sources: Shannon (1948), section 7, for entropy; Jelinek et al. (1977) for
+Sources: Shannon (1948), sections 6 and 7, for entropy; Jelinek et al. (1977) for
 perplexity. Page: book/2-training/loss.md.
 Axes: `B` batch, `T` context, `N` tokens, `V` vocabulary.
 """

@@ -5,7 +5,7 @@ order leans on the one below by as much as its strength says), and the strengths
 on held-out training text. Left out: Kneser-Ney's corrected lower orders, counts that
 keep growing while the text is read.
 
-Source: MacKay and Bahman Peto (1995), eq. 7, for the smoothing. Page:
+Source: MacKay and Bauman Peto (1995) for the smoothing. Page:
 book/2-training/evaluation.md.
 Axes: `N` tokens of a text, `M` grams, `V` vocabulary (256).
 """

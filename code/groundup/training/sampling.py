@@ -4,7 +4,7 @@ Here: the four settings as functions on logits, their order, one drawn token for
 row, and text from a model without a cache. Left out: a cache of keys and values (Part
 3), penalties for repetition, beam search.
 
-Source: Fan et al. (2018), section 5.1 (top-k); Holtzman et al. (2020), section 3.1
+Source: Fan et al. (2018), section 5.4 (top-k); Holtzman et al. (2020), section 3.1
 (top-p); Nguyen et al. (2025), section 3 (min-p). Page: book/2-training/sampling.md.
 Axes: `...` any leading axes, `V` vocabulary, `B` batch, `T` tokens so far.
 """
