@@ -167,6 +167,10 @@ def test_dropout_acts_in_training_mode_only_and_in_every_place():
     assert not torch.equal(model(ids), model(ids))
     model.eval()
     assert torch.equal(model(ids), model(ids))
+    for place in places:
+        place.train()
+        assert not torch.equal(model(ids), model(ids)), "each place by itself"
+        place.eval()
 
 
 def test_refuses_a_sequence_longer_than_its_context():

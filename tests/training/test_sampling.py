@@ -176,6 +176,8 @@ def test_top_p_by_hand():
     assert kept(keep_top_p(x, 0.75)) == [1, 2]
     assert kept(keep_top_p(x, 0.8)) == [0, 1, 2]  # of the two equal ones the first
     assert kept(keep_top_p(x, 1.0)) == [0, 1, 2, 3]
+    # The first has all the mass up to rounding, and 1.0 still means everything.
+    assert kept(keep_top_p(torch.tensor([0.0, -50.0, -60.0]), 1.0)) == [0, 1, 2]
 
 
 @given(seed=seeds, kind=kinds, p=st.floats(0.01, 0.999))
@@ -303,6 +305,25 @@ def test_greedy_generation_equals_a_loop_by_hand():
         for _ in range(10):
             row.append(model(torch.tensor([row[-6:]]))[0, -1].argmax().item())
     assert generate(model, torch.tensor(ids), 10, GREEDY).tolist() == expected
+
+
+class Sum(nn.Module):
+    """Predicts the sum of what it is shown, modulo 13; refuses more than six tokens."""
+
+    config = SMALL
+
+    def forward(self, ids):
+        assert ids.shape[1] <= 6
+        return 10.0 * nn.functional.one_hot(ids.cumsum(1) % 13, 13)
+
+
+@given(row=st.lists(st.integers(0, 12), min_size=1, max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_the_model_is_shown_the_last_tokens_of_its_context(row):
+    expected = list(row)
+    for _ in range(10):
+        expected.append(sum(expected[-6:]) % 13)
+    assert generate(Sum(), torch.tensor([row]), 10, GREEDY).tolist() == [expected]
 
 
 def test_generation_equals_transformers_greedy():

@@ -31,13 +31,14 @@ class Run:
     model: nn.Module
     losses: list[float]  # of each update's batch
     validation: dict[int, float]  # by updates done
-    final: float  # over the whole validation play
+    final: float  # over the validation play, or the part that was asked for
 
 
 def train_seeds(
     make: Callable[[], nn.Module],
     recipe: TrainConfig = RECIPE,
     seeds: tuple[int, ...] = SEEDS,
+    n_final: int | None = None,
 ) -> list[Run]:
     """Train one model a seed on the plays; the seed decides weights and batches.
 
@@ -45,6 +46,8 @@ def train_seeds(
         make: builds the model, from torch's global generator.
         recipe: its own seed is replaced.
         seeds: one run each.
+        n_final: windows of the validation play, from its start, that the final loss
+            is taken over; None: all.
     """
     split = shakespeare_split()
     runs = []
@@ -54,7 +57,7 @@ def train_seeds(
         config = TrainConfig(**{**vars(recipe), "seed": seed})
         history = train(model, split.train, config, split.validation)
         x, y = split.validation.windows(recipe.context)
-        final = window_losses(model, x, y).mean().item()
+        final = window_losses(model, x[:n_final], y[:n_final]).mean().item()
         runs.append(Run(model, history.losses, history.validation, final))
     return runs
 

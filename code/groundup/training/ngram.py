@@ -120,8 +120,8 @@ class NGram:
 
     def _mix(self, order: int, codes: Tensor, below: Tensor) -> Tensor:
         strength = self.strengths[order - 1]
-        seen = self.grams[order - 1].look_up(codes)
-        total = self.contexts[order - 1].look_up(codes // N_BYTES)
+        seen = self.grams[order - 1].look_up(codes).double()
+        total = self.contexts[order - 1].look_up(codes // N_BYTES).double()
         return (seen + strength * below) / (total + strength)
 
 
