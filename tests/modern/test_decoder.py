@@ -72,6 +72,7 @@ def by_hand(model, ids):
         {},
         {"n_kv_heads": 3, "qkv_bias": True, "tied": False},
         {"rope_theta": 50.0, "d_ff": 10},
+        {"n_heads": 4, "n_kv_heads": 2},
         {"window": 3},
         {"window": 3, "n_sinks": 2},
     ],

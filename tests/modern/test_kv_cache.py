@@ -12,7 +12,6 @@ from groundup.modern.decoder import Decoder, DecoderConfig
 from groundup.modern.kv_cache import (
     KVCache,
     bytes_per_token,
-    evaluating,
     generate,
     left_pad,
 )
@@ -294,9 +293,17 @@ def test_every_module_keeps_its_mode(training):
     generate(model, [[1]], 2)
     assert [m.training for m in model.modules()] == before
     assert not any(seen)
-    with pytest.raises(RuntimeError), evaluating(model):
-        raise RuntimeError
-    assert [m.training for m in model.modules()] == before
+
+
+def test_the_mode_is_restored_after_an_error():
+    model = decoder().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(model, [[1]], 2, _broken)
+    assert all(m.training for m in model.modules())
+
+
+def _broken(logits):
+    raise RuntimeError("broken")
 
 
 def test_no_new_tokens_and_bad_numbers():

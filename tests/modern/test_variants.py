@@ -46,6 +46,13 @@ def test_small_decoder_changes_the_fields_named_and_no_other():
 def test_a_seed_decides_weights_and_batches():
     fields = {"steps": 3, "batch": 2, "context": 256, "eval_every": 3, "warmup": 1}
     recipe = TrainConfig(**{**vars(RECIPE), **fields, "eval_windows": 4})
+
+    def same_weights():
+        torch.manual_seed(5)
+        return small_decoder()
+
+    batches = [run.losses for run in train_seeds(same_weights, recipe, seeds=(0, 1))]
+    assert batches[0] != batches[1]
     runs = train_seeds(small_decoder, recipe, seeds=(0, 1, 0))
     assert runs[0].losses == runs[2].losses
     assert runs[0].final == runs[2].final

@@ -241,11 +241,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("groundup.modern.weights.save_file", fails)
-        with pytest.raises(OSError, match="disk full"):
-            save_hf(ours, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
+    for step in ("save_file", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"groundup.modern.weights.{step}", fails)
+            with pytest.raises(OSError, match="disk full"):
+                save_hf(ours, tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
     save_hf(ours, tmp_path / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with pytest.raises(FileExistsError, match="is not empty"):

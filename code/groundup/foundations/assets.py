@@ -109,7 +109,8 @@ _REGISTRY = (
     ),
 )
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _REGISTRY}
-BOOK_ASSETS = ("shakespeare", "mathjax", "smollm2-135m")  # what `make book` cannot do without
+# What `make book` cannot do without.
+BOOK_ASSETS = ("shakespeare", "mathjax", "smollm2-135m")
 
 
 def cache_folder() -> Path:

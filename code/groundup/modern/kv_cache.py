@@ -15,8 +15,7 @@ Axes: `B` batch, `T` new tokens, `S` keys, `G` key/value heads, `D` head size, `
 vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,6 +23,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from groundup.modern.sliding_window import NOTHING
+from groundup.training.loop import in_mode
 
 
 @runtime_checkable
@@ -170,18 +170,6 @@ def left_pad(
     return ids, positions
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and back to what every module was in before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def greedy(logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
     """Choose the most probable token."""
     return logits.argmax(-1)
@@ -234,7 +222,7 @@ def generate(
     active = torch.ones(batch, dtype=torch.bool, device=weight.device)
     last = positions[:, -1]
     answers = []
-    with evaluating(model):
+    with in_mode(model, training=False):
         for _ in range(n_new):
             if cache is False:
                 logits = model(ids, positions, n_last=1)
