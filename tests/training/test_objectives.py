@@ -308,15 +308,18 @@ def test_each_objective_learns_a_text_that_repeats(objective):
     assert torch.equal(fill(model, objective, x, 4, 1), x)
 
 
-def test_training_is_repeatable_and_draws_the_same_windows():
+@objectives
+def test_every_objective_draws_the_same_windows_and_repeats(objective):
     corpus = Corpus.of([byte_tensor("to be or not to be " * 20)])
-    config = dataclasses.replace(RECIPE, steps=3, batch=4, context=8, warmup=1)
-    tiny = dataclasses.replace(TINY, init_std=0.02)
+    config = dataclasses.replace(RECIPE, steps=2, batch=4, context=8, warmup=1)
     runs = [
-        train_objective(small_gpt(1, tiny), corpus, "masked", config) for _ in range(2)
+        train_objective(small_gpt(1, TINY), corpus, objective, config) for _ in range(2)
     ]
     assert runs[0] == runs[1]
-    assert abs(runs[0][0] - math.log(N_VOCAB)) < 0.1  # an honest start
+    x, y = corpus.sample(4, 8, generator(config.seed))
+    first = example(objective, x, y, generator(config.seed))
+    loss = objective_loss(small_gpt(1, TINY), first).item()
+    assert runs[0][0] == pytest.approx(loss, rel=1e-6)
 
 
 def test_refusals(model):

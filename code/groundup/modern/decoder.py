@@ -135,7 +135,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.put(self.layer, k, v)
-        out = grouped_attention(q, k, v, mask, causal=mask is None)
+        out = grouped_attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
         return self.proj(merge_heads(out))
 
 
@@ -272,6 +272,8 @@ class Decoder(nn.Module):
     ) -> Bool[Tensor, "B 1 T S"] | Float[Tensor, "..."] | None:
         """Return who may attend to whom; None: each query to the keys up to its own.
 
+        A single query without a mask sees every key.
+
         Args:
             positions: of the queries.
             key_positions: of the keys.
@@ -280,6 +282,6 @@ class Decoder(nn.Module):
         config = self.config
         if plain and config.window is None:
             return None
-        return window_mask(positions, key_positions, config.window, config.n_sinks)[
-            :, None
-        ]
+        seen = window_mask(positions, key_positions, config.window, config.n_sinks)
+        # One query that sees all there is, as mostly in decoding, needs no mask.
+        return None if seen.shape[1] == 1 and seen.all() else seen[:, None]

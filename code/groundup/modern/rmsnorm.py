@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from groundup.transformer.residual_norm import widened
+
 EPS = 1e-5  # Llama 2 and 3, SmolLM2; Qwen2 has 1e-6, which is also T5's
 
 
@@ -32,14 +34,9 @@ def rms_norm(
     """
     if eps < 0:
         raise ValueError(f"eps must be at least 0; got {eps}")
-    wide = _wide(x)
+    wide = widened(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32: squares of 300 overflow float16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = _wide(x)
+        wide = widened(x)
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         return (wide * inverse * weight).to(x.dtype), inverse
@@ -71,7 +68,7 @@ class _RMSNorm(torch.autograd.Function):
                 "the fast RMSNorm has no second derivative; call fuse(model, False)"
             )
         x, weight, inverse = ctx.saved_tensors
-        wide, grad, scale = _wide(x), _wide(grad), _wide(weight)
+        wide, grad, scale = widened(x), widened(grad), widened(weight)
         product = grad * wide
         weight_grad = product.reshape(-1, x.shape[-1]).T @ inverse.flatten()
         # the part along x could only change its length, which the norm forgets

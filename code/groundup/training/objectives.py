@@ -10,6 +10,7 @@ section 3.2.1, for the masks. Page: book/2-training/objectives.md.
 Axes: `B` batch, `T` context, `V` vocabulary, `L` length of a hole.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -171,6 +172,8 @@ def train_objective(
     corpus: Corpus,
     objective: str,
     config: TrainConfig = RECIPE,
+    *,
+    make: Callable[..., Example] = example,
     **options: float,
 ) -> list[float]:
     """Train model in place; return the loss of each update's batch, in nats per label.
@@ -178,8 +181,16 @@ def train_objective(
     All objectives draw the same windows for the same seed and send equally many tokens
     through the blocks.
 
+    Args:
+        model: reads MASK_ID if the objective is masked.
+        corpus: what the windows are drawn from.
+        objective: one of OBJECTIVES.
+        config: the recipe; its seed decides windows and what is hidden.
+        make: called as `example`, to change what a batch shows or asks.
+        **options: for make.
+
     Raises:
-        ValueError: as in `example`, which gets the options.
+        ValueError: as in `example`.
     """
     optimizer = AdamW(decay_groups(model, config.weight_decay))
     windows = torch.Generator().manual_seed(config.seed)
@@ -188,7 +199,7 @@ def train_objective(
     model.train()
     for step in range(config.steps):
         x, y = corpus.sample(config.batch, config.context, windows)
-        loss = objective_loss(model, example(objective, x, y, draws, **options))
+        loss = objective_loss(model, make(objective, x, y, draws, **options))
         loss.backward()
         clip_gradients(model.parameters(), config.clip)
         optimizer.step(learning_rate(step, config))

@@ -35,8 +35,8 @@ def standardise(
     return centred * inverse_std, inverse_std
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32: squares of 300 overflow float16."""
+def widened(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return half precision as float32, for squares of 300 overflow float16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -64,11 +64,11 @@ def layer_norm(
     """
     if eps < 0:
         raise ValueError(f"eps must be at least 0; got {eps}")
-    y, _ = standardise(_wide(x), eps)
+    y, _ = standardise(widened(x), eps)
     if weight is not None:
-        y = y * _wide(weight)
+        y = y * widened(weight)
     if bias is not None:
-        y = y + _wide(bias)
+        y = y + widened(bias)
     return y.to(x.dtype)
 
 
