@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from groundup.bench import Claim, register
 from groundup.foundations.environment import matmul_rates
 from groundup.modern.decoder import Decoder, DecoderConfig
-from groundup.training.batching import Corpus, shakespeare_split
+from groundup.training.batching import Split, shakespeare_split
 from groundup.training.gpt import GPT, GPTConfig
 from groundup.training.loop import DTYPES, TrainConfig, train, window_losses
 
@@ -147,7 +147,13 @@ def train_step(quick: bool) -> list[Claim]:
 
 LOSS_SIZES = {"d_model": 192, "n_layers": 4, "n_heads": 6}
 LOSS_RECIPE = TrainConfig(
-    batch=16, context=128, lr=5e-3, lr_end=0.0, dtype="bfloat16", eval_every=20
+    batch=16,
+    context=128,
+    lr=5e-3,
+    lr_end=0.0,
+    dtype="bfloat16",
+    eval_every=20,
+    eval_windows=64,
 )
 LOSS_SECONDS = 60.0  # of training, a run
 
@@ -156,13 +162,19 @@ def _with_steps(steps: int) -> TrainConfig:
     return replace(LOSS_RECIPE, steps=steps, warmup=min(100, steps // 10))
 
 
-def _steps_in(seconds: float, make: Callable[[], nn.Module], corpus: Corpus) -> int:
-    """Estimate how many updates fit, from a few of them."""
-    model, few = make(), 8
-    train(model, corpus, _with_steps(2))
+def _steps_in(seconds: float, make: Callable[[], nn.Module], split: Split) -> int:
+    """Estimate how many updates fit, validation included, from a few of them."""
+    model, few = make(), 2 * LOSS_RECIPE.eval_every
+    train(model, split.train, _with_steps(2))
     start = time.perf_counter()
-    train(model, corpus, _with_steps(few))
-    return max(20, round(seconds * few / (time.perf_counter() - start)))
+    train(model, split.train, _with_steps(few), split.validation)
+    return max(few, round(seconds * few / (time.perf_counter() - start)))
+
+
+def _spread(nats: list[float]) -> str:
+    """Mean and range in bits, of losses in nats per byte."""
+    bits = [loss / math.log(2) for loss in nats]
+    return f"{statistics.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})"
 
 
 @register("loss")
@@ -178,10 +190,9 @@ def loss(quick: bool) -> list[Claim]:
         "Decoder": lambda: Decoder(DecoderConfig(tied=False, **LOSS_SIZES)),
     }
     seconds = 4.0 if quick else LOSS_SECONDS
-    steps = {
-        name: _steps_in(seconds, make, split.train) for name, make in makers.items()
-    }
+    steps = {name: _steps_in(seconds, make, split) for name, make in makers.items()}
     curves: dict[str, list[dict[int, float]]] = {name: [] for name in makers}
+    finals: dict[str, list[float]] = {name: [] for name in makers}  # the whole play
     print(f"{'model':<9}{'seed':>5}{'updates':>9}{'seconds':>9}{'bits per byte':>15}")
     for seed in (0, 1, 2):
         for name, make in makers.items():
@@ -191,21 +202,23 @@ def loss(quick: bool) -> list[Claim]:
             history = train(model, split.train, config, split.validation)
             took = time.perf_counter() - start
             final = window_losses(model, x, y).mean().item()
-            curves[name].append({**history.validation, config.steps: final})
+            curves[name].append(history.validation)
+            finals[name].append(final)
             print(
                 f"{name:<9}{seed:>5}{config.steps:>9}{took:>9.1f}"
                 f"{final / math.log(2):>15.3f}",
                 flush=True,
             )
-    gpt = statistics.mean(curve[steps["GPT"]] for curve in curves["GPT"])
-    decoder = statistics.mean(curve[steps["Decoder"]] for curve in curves["Decoder"])
+    goal = statistics.mean(curve[steps["GPT"]] for curve in curves["GPT"])
     reached = [
-        next((step for step, value in sorted(curve.items()) if value <= gpt), math.inf)
+        next((step for step, value in sorted(curve.items()) if value <= goal), math.inf)
         for curve in curves["Decoder"]
     ]
+    gpt, decoder = (statistics.mean(finals[name]) for name in ("GPT", "Decoder"))
+    detail = "; ".join(f"{name} {_spread(each)}" for name, each in finals.items())
     print(f"the Decoder reaches the GPT's mean loss after {reached} updates")
     return [
-        Claim("GPT / Decoder bits per byte in equal time", gpt / decoder, 1.0),
+        Claim("GPT / Decoder bits per byte in equal time", gpt / decoder, 1.0, detail),
         Claim(
             "GPT / Decoder tokens to the GPT's loss",
             steps["GPT"] / statistics.median(reached),
