@@ -388,3 +388,39 @@ def test_refusals():
             pool_heads(torch.ones(4, 2), bad)
         with pytest.raises(ValueError, match=f"n_groups must divide.*got {bad}"):
             to_grouped(decoder(), bad)
+
+
+# --- training in bfloat16 ---------------------------------------------------------
+
+
+def short_and_long(n_queries):
+    """Output and gradients in bfloat16, and in float64 on the same rounded numbers."""
+    half = [x.bfloat16() for x in heads(n_groups=4, queries=n_queries, keys=n_queries)]
+    up = torch.randn(half[0].shape).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q, k, v = (x.to(dtype).requires_grad_() for x in half)
+        out = grouped_attention(q, k, v, causal=True)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), up.to(dtype))))
+    return found
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 37])
+def test_the_form_for_training_in_half_is_attention(n_queries):
+    """bfloat16 has 8 significant bits: an error of a few times 2^-8 of the size."""
+    for half, exact in zip(*short_and_long(n_queries), strict=True):
+        assert half.dtype == torch.bfloat16
+        error = (half.double() - exact).abs().max() / exact.abs().max().clamp(min=1)
+        assert error < 0.03
+
+
+def test_the_form_for_training_in_half_is_causal_and_scaled():
+    """One large key in the future moves nothing; scores are divided by sqrt(D)."""
+    q, k, v = (x.bfloat16() for x in heads(n_groups=4))
+    before = grouped_attention(q.requires_grad_(), k, v, causal=True)
+    k[:, :, -1], v[:, :, -1] = 100.0, -100.0
+    after = grouped_attention(q, k, v, causal=True)
+    torch.testing.assert_close(after[:, :, :-1], before[:, :, :-1], rtol=0, atol=0)
+    scores = (q[:, :, 1:2].double() * k[:, :, :2].double()).sum(-1) / 6**0.5
+    by_hand = scores.softmax(-1)[..., None].mul(v[:, :, :2].double()).sum(-2)
+    torch.testing.assert_close(after[:, :, 1].double(), by_hand, rtol=0.03, atol=0.03)

@@ -22,6 +22,7 @@ from groundup.modern.kv_cache import Sizes
 from groundup.transformer.single_head import attention
 
 Pooling = Literal["mean", "first", "random"]
+WRITTEN_OUT = 512  # queries; the weights of more take too much memory
 
 
 def repeat_groups(
@@ -61,6 +62,9 @@ def grouped_attention(
 ) -> Float[Tensor, "B H T D"]:
     """Attend with shared keys and values, by torch's kernel; no key is copied.
 
+    One case is written out instead: training in bfloat16 on a CPU with up to
+    `WRITTEN_OUT` queries, where torch's kernel is slow on the way back.
+
     Args:
         q, k, v: queries, and the keys and values of the groups.
         mask: (B, 1 or H, T, S); True = may attend, or numbers that are added to the
@@ -87,9 +91,23 @@ def grouped_attention(
         # Decoding: the queries of a group are rows that share keys and mask.
         rows = q.reshape(q.shape[0], n_groups, n_heads // n_groups, -1)
         return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
+    trains_in_half = q.dtype == torch.bfloat16 and q.requires_grad
+    short = n_queries <= WRITTEN_OUT and q.device.type == "cpu"
+    if causal and trains_in_half and short and not shared:
+        return _written_out(q, k, v)
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, enable_gqa=shared
     )
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as two products and a softmax; keeps the T x T weights."""
+    n_queries, d_head = q.shape[-2:]
+    future = q.new_full((n_queries, n_queries), -torch.inf).triu(1)
+    q, k, rows = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    start = future.expand(len(q), -1, -1)
+    scores = torch.baddbmm(start, q, k.mT, alpha=d_head**-0.5)
+    return (scores.softmax(-1).to(v.dtype) @ rows).view(v.shape)
 
 
 def pool_heads(
