@@ -1,5 +1,7 @@
 """The small set-up of Part 3: what a seed decides, and what a swap exchanges."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,10 @@ def test_a_seed_decides_weights_and_batches():
         assert list(run.validation) == [3]
         assert len(run.losses) == 3
         assert 3 < run.final < run.losses[0]  # ln 256 = 5.5 at the start; it learned
+
+
+def test_without_final_windows_there_is_no_final_loss():
+    short = TrainConfig(steps=1, batch=2, context=8, warmup=0, eval_windows=2)
+    (run,) = train_seeds(small_decoder, short, seeds=(0,), n_final=0)
+    assert math.isnan(run.final)
+    assert len(run.losses) == 1

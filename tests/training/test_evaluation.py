@@ -151,6 +151,9 @@ def test_a_short_last_block_weighs_by_its_tokens():
     losses = torch.tensor([1.0, 1.0, 1.0, 5.0])
     found = bootstrap_interval(losses, 3, generator=generator())
     assert (found.mean, found.low, found.high) == (2.0, 1.0, 5.0)
+    # half of the resamples hold both blocks: (3 + 5) / (3 + 1), not (1 + 5) / 2
+    middle = bootstrap_interval(losses, 3, generator=generator(), level=0.3)
+    assert (middle.low, middle.high) == (2.0, 2.0)
 
 
 def test_width_of_independent_losses_is_that_of_the_normal_law():

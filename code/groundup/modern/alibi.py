@@ -52,7 +52,7 @@ def alibi_bias(
     positions: Int[Tensor, "... T"],
     key_positions: Int[Tensor, "... S"],
 ) -> Float[Tensor, "... H T S"]:
-    """Return what ALiBi adds to the scores: minus slope times |distance|.
+    """Return what ALiBi adds to the scores: minus slope times the distance.
 
     It hides nothing: a causal mask is still needed. Libraries often add slope times
     the key's position instead; under a causal mask the two differ by a constant in

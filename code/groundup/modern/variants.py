@@ -7,6 +7,7 @@ the exchange of every module of one kind. Left out: anything about a particular 
 Axes: none of its own.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def train_seeds(
         recipe: its own seed is replaced.
         seeds: one run each.
         n_final: windows of the validation play, from its start, that the final loss
-            is taken over; None: all.
+            is taken over; None: all, 0: none (the loss is then NaN).
     """
     split = shakespeare_split()
     runs = []
@@ -57,7 +58,9 @@ def train_seeds(
         config = TrainConfig(**{**vars(recipe), "seed": seed})
         history = train(model, split.train, config, split.validation)
         x, y = split.validation.windows(recipe.context)
-        final = window_losses(model, x[:n_final], y[:n_final]).mean().item()
+        final = math.nan
+        if n_final != 0:
+            final = window_losses(model, x[:n_final], y[:n_final]).mean().item()
         runs.append(Run(model, history.losses, history.validation, final))
     return runs
 

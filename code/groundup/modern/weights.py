@@ -166,7 +166,7 @@ def _some(names: set[str]) -> str:
 
 
 def load_folder(folder: Path, dtype: torch.dtype | None = None) -> Decoder:
-    """Return the decoder of a Hugging Face folder: config.json and *.safetensors.
+    """Return the decoder of a Hugging Face folder: config.json and safetensors.
 
     Raises:
         FileNotFoundError: one of the two is not there.

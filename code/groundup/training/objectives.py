@@ -34,7 +34,7 @@ SMALL = GPTConfig(
     n_vocab=N_VOCAB, context=16, d_model=64, n_layers=1, n_heads=4, init_std=0.085
 )
 RECIPE = TrainConfig(
-    steps=250,
+    steps=320,
     batch=64,
     context=16,
     lr=1e-2,
@@ -64,7 +64,7 @@ def prefix_mask(lengths: Int[Tensor, "B"], context: int) -> Bool[Tensor, "B T T"
     if ((lengths < 0) | (lengths > context)).any():
         raise ValueError(f"lengths must lie in 0..{context}; got {lengths.tolist()}")
     in_prefix = torch.arange(context) < lengths[:, None]
-    return causal_mask(context) | in_prefix[:, None, :] & in_prefix[:, :, None]
+    return causal_mask(context) | in_prefix[:, None, :]
 
 
 def corrupt(
