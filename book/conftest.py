@@ -60,7 +60,7 @@ def _page_item_class():
                 return
             start = time.monotonic()
             with mock.patch.object(nb_run.nbformat, "read", return_value=notebook):
-                run = nb_run.NotebookRun(path, execution.SECONDS_PER_CELL)
+                run = nb_run.NotebookRun(path, execution.seconds_per_cell())
                 result = run.execute()
             shown = execution.shown_error(result.nb)
             if result.error is None and shown is not None:
@@ -72,6 +72,7 @@ def _page_item_class():
                 )
             if result.error is not None:
                 raise NotebookFailedException(result)
+            execution.stamp_anew(result.nb, path, ROOT)
             cache.store(result.nb, path, time.monotonic() - start)
 
         def repr_failure(self, excinfo, style=None):

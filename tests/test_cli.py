@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from groundup import bench, cli
+from groundup import artifacts, bench, cli, makers
 from groundup.bench import Claim
 from groundup.foundations import assets
 from groundup.foundations.assets import Asset
@@ -222,7 +223,7 @@ def test_a_line_that_cannot_be_parsed(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["list", "fetch", "run", "train", "sample", "bench"]
+    "subcommand", ["list", "fetch", "run", "train", "sample", "bench", "rebuild"]
 )
 def test_help_explains_each_subcommand(capsys, subcommand):
     with pytest.raises(SystemExit) as stopped:
@@ -273,6 +274,60 @@ def test_bench_prints_a_line_a_claim(monkeypatch, capsys, arguments, status, lin
     assert cli.main(arguments) == status
     assert capsys.readouterr().out.splitlines() == lines
     assert set(quick) == {"--quick" in arguments}
+
+
+# rebuild
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A registered maker, whose recordings go to a folder of their own."""
+
+    def make(config):
+        return {"steps": config["steps"]}
+
+    make.__module__ = "groundup.bench"
+    found = makers.Recipe(make, {"small": {"steps": 1}, "full": {"steps": 9}})
+    monkeypatch.setattr(makers, "discover", lambda: {"one": found})
+    for name in ("record", "provenance"):
+        call = partial(getattr(artifacts, name), folder=tmp_path / "artifacts")
+        monkeypatch.setattr(artifacts, name, call)
+    return tmp_path / "artifacts"
+
+
+def test_rebuild_records_a_preset_and_says_where(recipe, capsys):
+    assert cli.main(["rebuild"]) == 0
+    assert "no recording 'one'" in capsys.readouterr().out
+    for arguments, steps in (([], 1), (["--preset", "full"], 9)):
+        assert cli.main(["rebuild", "one", *arguments]) == 0
+        shown = capsys.readouterr().out
+        assert re.fullmatch(r"Recorded on \d+ CPU cores? .*\n", shown)
+        assert artifacts.load("one", recipe)["steps"] == steps
+    assert cli.main(["rebuild"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"one +small, full +Recorded on ", listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["two"], 2, "no artifact is called 'two'; there are: one"),
+        (["one", "--preset", "huge"], 2, "no preset 'huge'"),
+        (["one", "--device", "cuda"], 2, "on the CPU alone"),
+    ],
+)
+def test_rebuild_refuses_what_there_is_not(recipe, capsys, arguments, status, message):
+    assert cli.main(["rebuild", *arguments]) == status
+    assert re.fullmatch(f"groundup: .*{message}.*\n", capsys.readouterr().err)
+    assert not recipe.exists()
+
+
+def test_rebuild_without_the_book_is_a_failure(recipe, monkeypatch, capsys):
+    nowhere = recipe / "nowhere" / "artifacts"
+    record = partial(artifacts.record.func, folder=nowhere)
+    monkeypatch.setattr(artifacts, "record", record)
+    assert cli.main(["rebuild", "one"]) == 1
+    assert "record in a clone" in capsys.readouterr().err
 
 
 # run, in processes of its own

@@ -213,8 +213,49 @@ def test_digest_changes_with_what_is_imported_and_only_then(package, monkeypatch
     assert pages.digest(notebook, root) != changed
     (root / "requirements.txt").unlink()
     assert pages.digest(notebook, root) == changed
-    monkeypatch.setenv(pages.REBUILD_FLAG, "all")
-    assert pages.digest(notebook, root) != changed
+    monkeypatch.setenv(pages.REBUILD_FLAG, "all")  # it shows nothing that is recorded
+    assert pages.digest(notebook, root) == changed
+
+
+def plant_artifact(root, name):
+    folder = root / pages.ARTIFACTS / name
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "values.json").write_text("1")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["the page", "a module"])
+def test_a_page_depends_on_the_artifacts_that_it_names(package, monkeypatch, place):
+    notebook, root = package
+    if place == "the page":
+        notebook.cells[-1].source += '\nartifacts.get("ladder", make, {})'
+    else:
+        (root / "code/groundup/sub/d.py").write_text('NAME = "ladder"\n')
+    before = pages.digest(notebook, root)
+    other = plant_artifact(root, "ladders")
+    assert pages.digest(notebook, root) == before
+    folder = plant_artifact(root, "ladder")
+    first = pages.digest(notebook, root)
+    assert first != before
+    assert pages.artifacts_of(notebook, root) == {"ladder"}
+    assert set(folder.iterdir()) <= set(pages.dependencies(notebook, root))
+    (other / "values.json").write_text("2")
+    assert pages.digest(notebook, root) == first
+    (folder / "values.json").write_text("2")
+    second = pages.digest(notebook, root)
+    assert second != first
+    for flag, same in (("ladders", True), ("x, ladder", False), ("all", False)):
+        monkeypatch.setenv(pages.REBUILD_FLAG, flag)
+        assert (pages.digest(notebook, root) == second) == same
+
+
+def test_a_recording_in_the_making_is_none(package):
+    notebook, root = package
+    notebook.cells[-1].source += '\nget("ladder"), get(".ladder.tmp-1")'
+    plant_artifact(root, ".ladder.tmp-1")
+    (root / pages.ARTIFACTS / "ladder").mkdir()
+    assert pages.artifacts_of(notebook, root) == set()
 
 
 def test_an_import_that_is_added_counts_at_once(package):

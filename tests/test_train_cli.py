@@ -8,10 +8,10 @@ TINY = [
     "--model.d-model=16",
     "--model.n-layers=1",
     "--model.n-heads=2",
-    "--train.steps=2",
+    "--train.schedule.steps=2",
     "--train.batch=2",
     "--train.context=8",
-    "--train.warmup=1",
+    "--train.schedule.warmup=1",
 ]
 
 

@@ -3,7 +3,7 @@
 One cache serves the build and nbmake. Its key is a page's cells plus its
 kernelspec; the fingerprint of everything else the outputs depend on
 (`groundup.pages.digest`) is written into the kernelspec's display name when the
-page is read, so a changed module means a page that is not in the cache.
+page is read, so a changed module or artifact means a page that is not in the cache.
 """
 
 import os
@@ -58,6 +58,17 @@ def read_stamped(path: Path, root: Path):
     if not is_myst_markdown_notebook(text):
         return None
     return pages.read_notebook(path, stamp(text, path, root))
+
+
+def seconds_per_cell() -> int | None:
+    """Return how long a cell may take; for ever (None) while recording."""
+    return None if os.environ.get(pages.REBUILD_FLAG) else SECONDS_PER_CELL
+
+
+def stamp_anew(notebook, path: Path, root: Path) -> None:
+    """Give an executed page that recorded an artifact the fingerprint it has now."""
+    if any(map(pages.rebuild_asked, pages.artifacts_of(notebook, root))):
+        notebook.metadata.kernelspec = read_stamped(path, root).metadata.kernelspec
 
 
 def shown_error(notebook) -> tuple[int, dict] | None:
@@ -193,7 +204,7 @@ def execute_missing(app, env, docnames) -> None:
         return single_nb_execution(
             notebook,
             cwd=str(path.parent),
-            timeout=SECONDS_PER_CELL,
+            timeout=seconds_per_cell(),
             allow_errors=False,
             extra_arguments=["--log-level=40"],
         )
@@ -206,6 +217,7 @@ def execute_missing(app, env, docnames) -> None:
             path, notebook = running[done]
             outcome = done.result()
             if outcome.err is None and shown_error(notebook) is None:
+                stamp_anew(notebook, path, root)
                 cache.store(notebook, path, outcome.time)
                 log.info("%6.1f s  %s", outcome.time, path.relative_to(root))
             else:

@@ -63,11 +63,16 @@ def register(name: str) -> Callable[[Benchmark], Benchmark]:
 
 def discover(package: str = "groundup") -> dict[str, Benchmark]:
     """Import the module `bench` of every part that has one; return the registry."""
+    import_from_parts("bench", package)
+    return BENCHMARKS
+
+
+def import_from_parts(module: str, package: str = "groundup") -> None:
+    """Import the module of that name from every part that has one."""
     folders = importlib.import_module(package).__path__
     for part in pkgutil.iter_modules(folders, f"{package}."):
-        if part.ispkg and importlib.util.find_spec(f"{part.name}.bench"):
-            importlib.import_module(f"{part.name}.bench")
-    return BENCHMARKS
+        if part.ispkg and importlib.util.find_spec(f"{part.name}.{module}"):
+            importlib.import_module(f"{part.name}.{module}")
 
 
 def find(name: str, benchmarks: dict[str, Benchmark]) -> Benchmark:

@@ -1,4 +1,4 @@
-"""The `groundup` command: list, fetch, run, train, sample, bench.
+"""The `groundup` command: list, fetch, run, train, sample, bench, rebuild.
 
 Here: what each subcommand prints and its exit status (0 done, 1 failed, 2 asked for
 something that does not exist, 130 interrupted). Left out: everything that the
@@ -28,7 +28,7 @@ app = tyro.extras.SubcommandApp()
 _quiet = partial(tyro.conf.arg, help_behavior_hint="")
 Names = Annotated[tyro.conf.Positional[tuple[str, ...]], _quiet(metavar="[NAME ...]")]
 PageName = Annotated[tyro.conf.Positional[str], _quiet(metavar="[PAGE]")]
-BenchName = Annotated[tyro.conf.Positional[str], _quiet(metavar="[NAME]")]
+OneName = Annotated[tyro.conf.Positional[str], _quiet(metavar="[NAME]")]
 Flag = Annotated[tyro.conf.FlagCreatePairsOff[bool], _quiet()]
 All = Annotated[tyro.conf.FlagCreatePairsOff[bool], _quiet(name="all")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -135,7 +135,7 @@ def sample() -> int:
 
 @app.command
 def bench(
-    name: BenchName = "",
+    name: OneName = "",
     *,
     quick: Flag = False,
     table: File = None,
@@ -171,6 +171,48 @@ def bench(
     return FAILED if missed and not quick else 0
 
 
+@app.command
+def rebuild(
+    name: OneName = "",
+    *,
+    device: str = "cpu",
+    preset: str = "small",
+) -> int:
+    """Record a result of the book anew; without a name, show what is recorded.
+
+    Args:
+        name: One recording.
+        device: Where it is computed.
+        preset: Which of its configs: small is the one that the book shows.
+    """
+    from groundup import artifacts  # needs torch, which takes seconds to import
+    from groundup.makers import configure, discover, find
+
+    known = discover()
+    if not name:
+        rows = [(n, ", ".join(r.presets), _state(n)) for n, r in sorted(known.items())]
+        _table("Recordings", ("name", "presets", "where it comes from"), rows)
+        return 0
+    with _usage():
+        recipe = find(name, known)
+        config = configure(name, recipe, preset, device)
+    try:
+        print(artifacts.record(name, recipe.make, config).provenance)
+    except artifacts.ArtifactError as error:
+        _complain(str(error))
+        return FAILED
+    return 0
+
+
+def _state(name: str) -> str:
+    from groundup import artifacts
+
+    try:
+        return artifacts.provenance(name)
+    except artifacts.ArtifactError as error:
+        return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
@@ -192,8 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (PageError, assets.AssetError) as error:
         _complain(str(error))
         return FAILED
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as stopped:
+        _complain(str(stopped) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `groundup list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,7 +22,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "groundup"
 TITLE = re.compile(r"^# (?:([0-9A-G](?:\.\d+)?) )?(.+)$", re.M)
-REBUILD_FLAG = "GROUNDUP_REBUILD"
+REBUILD_FLAG = "GROUNDUP_REBUILD"  # names of artifacts with commas between, or all
+ARTIFACTS = "book/artifacts"  # where the recorded results lie
 
 
 class PageError(Exception):
@@ -232,15 +233,51 @@ def dependencies(notebook, root: Path = ROOT) -> list[Path]:
     """Files outside a page that its outputs depend on.
 
     The package's modules that its cells import, followed through their own imports
-    (only import statements count), and requirements.txt.
+    (only import statements count), the files of its artifacts, and requirements.txt.
     """
+    modules, names = _follow(notebook, root)
+    inside = [p for n in names for p in (root / ARTIFACTS / n).iterdir() if p.is_file()]
+    pinned = root / "requirements.txt"
+    return sorted({*modules, *inside, *([pinned] if pinned.exists() else [])})
+
+
+def artifacts_of(notebook, root: Path = ROOT) -> set[str]:
+    """Names of the recorded artifacts that a page may show.
+
+    Those whose name stands as a string in its cells or in a module that they import;
+    a name put together at run time is not seen.
+    """
+    return _follow(notebook, root)[1]
+
+
+def rebuild_asked(name: str) -> bool:
+    """Whether this build is to record the artifact called name anew."""
+    asked = {part.strip() for part in os.environ.get(REBUILD_FLAG, "").split(",")}
+    return not asked.isdisjoint({name, "all"})
+
+
+def digest(notebook, root: Path = ROOT) -> str:
+    """Fingerprint of everything outside a page that its outputs depend on."""
+    asked = sorted(filter(rebuild_asked, artifacts_of(notebook, root)))
+    total = hashlib.sha256(",".join(asked).encode())
+    for path in dependencies(notebook, root):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0")
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()[:12]
+
+
+def _follow(notebook, root: Path) -> tuple[set[Path], set[str]]:
+    """Return the modules that a page imports, and the artifacts that they name."""
     todo: set[str] = set()
+    strings: set[str] = set()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             try:
-                todo |= _imported(ast.parse(cell.source), package="")
+                tree = ast.parse(cell.source)
             except SyntaxError:
                 continue  # the run will say so, with the line
+            todo |= _imported(tree, package="")
+            strings |= _strings(tree)
     seen: dict[str, Path] = {}
     while todo:
         name = todo.pop()
@@ -248,18 +285,11 @@ def dependencies(notebook, root: Path = ROOT) -> list[Path]:
         if name in seen or path is None:
             continue
         seen[name] = path
-        todo |= _module_imports(path, path.stat().st_mtime_ns, root) - seen.keys()
-    pinned = root / "requirements.txt"
-    return sorted({*seen.values(), *([pinned] if pinned.exists() else [])})
-
-
-def digest(notebook, root: Path = ROOT) -> str:
-    """Fingerprint of everything outside a page that its outputs depend on."""
-    total = hashlib.sha256(os.environ.get(REBUILD_FLAG, "").encode())
-    for path in dependencies(notebook, root):
-        total.update(path.relative_to(root).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()[:12]
+        imports, texts = _module_facts(path, path.stat().st_mtime_ns, root)
+        todo |= imports - seen.keys()
+        strings |= texts
+    recorded = {p.parent.name for p in (root / ARTIFACTS).glob("[!.]*/manifest.json")}
+    return set(seen.values()), recorded & strings
 
 
 def module_file(name: str, root: Path = ROOT) -> Path | None:
@@ -272,10 +302,18 @@ def module_file(name: str, root: Path = ROOT) -> Path | None:
 
 
 @lru_cache(maxsize=1024)
-def _module_imports(path: Path, changed_at: int, root: Path) -> frozenset[str]:
+def _module_facts(
+    path: Path, changed_at: int, root: Path
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return what a module imports, and the strings in it."""
     package = ".".join(path.relative_to(root / "code").parent.parts)
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return frozenset(_imported(tree, package))
+    return frozenset(_imported(tree, package)), frozenset(_strings(tree))
+
+
+def _strings(tree: ast.AST) -> set[str]:
+    constants = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    return {value for value in constants if isinstance(value, str)}
 
 
 def _imported(tree: ast.AST, package: str) -> set[str]:

@@ -1,17 +1,18 @@
 """`groundup train` and `groundup sample`: the two commands that need torch.
 
 Here: their parameters, and what they print. Left out: everything they do; see
-`modern.runs`. `cli` imports this module only when one of the two is asked for, so that
+`scaling.runs`. `cli` imports this module only when one of the two is asked for, so that
 the other commands start at once.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from groundup.modern.runs import (
+from groundup.scaling.distributed import process_group
+from groundup.scaling.runs import (
     PRESETS,
     DecoderRun,
     GPTRun,
@@ -29,29 +30,42 @@ Preset = Annotated[
     tyro.conf.arg(name=""),
 ]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+How = Literal["none", "ddp", "fsdp"]
 NewFolder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 RunFolder = Annotated[
     tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
 ]
 
 
-def train(run: Preset, *, text: File = None, out: NewFolder = Path("out/run")) -> int:
-    """Train a small model and leave a folder with all that came out of it.
+def train(
+    run: Preset,
+    *,
+    text: File = None,
+    out: NewFolder = Path("out/run"),
+    how: How = "none",
+) -> int:
+    """Train a small model in a folder that holds all that comes out of it.
 
-    The folder holds the config, the metrics, the weights (safetensors) and a sample.
-    `groundup train PRESET --help` lists every field of a preset that can be changed.
+    The folder gets the config, the metrics (JSON lines and TensorBoard), checkpoints,
+    the weights (safetensors) and a sample. Ctrl-C saves and ends; the same command goes
+    on. `groundup train PRESET --help` lists every field of a preset that can be
+    changed. Several processes: `torchrun --nproc-per-node 2 -m groundup train ...`.
 
     Args:
         text: Train on this UTF-8 file; by default on the plays of Shakespeare.
-        out: Where the run goes; the folder must not exist yet.
+        out: Where the run goes; new, or of the same run, begun and not finished.
+        how: Under torchrun: ddp keeps a copy of the model in each process, fsdp cuts it
+            into shards.
     """
     words = None if text is None else text.read_text(encoding="utf-8")
-    history = train_run(run, out, words, progress=sys.stderr.isatty())
-    print(
-        f"trained {run.train.steps} updates; best validation loss "
-        f"{history.best_loss:.4f} nats per byte after {history.best_step}; "
-        f"the run is in {out}"
-    )
+    with process_group() as world:
+        history = train_run(run, out, words, how=how, progress=sys.stderr.isatty())
+    if world.first:
+        print(
+            f"trained {len(history.losses)} updates; best validation loss "
+            f"{history.best_loss:.4f} nats per byte after {history.best_step}; "
+            f"the run is in {out}"
+        )
     return 0
 
 

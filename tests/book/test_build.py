@@ -44,6 +44,15 @@ TWO = """
 print("page two says", 6 * 7)
 ```
 """
+SHOWS_RECORDING = """
+```{code-cell} ipython3
+from groundup import artifacts
+from groundup.foundations.planted_maker import make
+planted = artifacts.get("planted", make, {"start": 1})
+print("recorded:", planted["value"])
+print(planted.provenance)
+```
+"""
 # The lines below stand at line 18 of a page: after FRONT and a fence.
 RAISES = """
 ```{code-cell} ipython3
@@ -161,9 +170,38 @@ def test_runs_what_changed_and_nothing_else(book):
     assert book.runs() == ["one"]
     assert "the value is 2" in book.html("one")
 
-    flagged = book.build(GROUNDUP_REBUILD="all")
-    assert flagged.returncode == 0, flagged.stdout
-    assert book.runs() == ["one", "two"]
+
+def test_a_recording_is_part_of_its_page(book):
+    """Made by the build that is asked to, shown by the others, told when stale."""
+
+    def built(**environment):
+        result = book.build(**environment)
+        assert result.returncode == 0, result.stdout
+        return book.runs(), book.html("two")
+
+    make = "def make(config):\n    return {{'value': {}}}\n"
+    book.module("planted_maker", make.format(5))
+    book.page("two", SHOWS_RECORDING)
+    runs, html = built(GROUNDUP_REBUILD="planted")
+    assert runs == ["one", "two"]
+    assert "recorded: 5" in html
+    assert built(GROUNDUP_REBUILD="planted")[0] == []  # under its new fingerprint
+    assert built()[0] == ["two"]
+
+    book.module("planted_maker", make.format(6))
+    runs, html = built()
+    assert runs == ["two"]
+    assert "recorded: 5" in html
+    assert "this recording is stale" in html
+    runs, html = built(GROUNDUP_REBUILD="planted,other")
+    assert runs == ["two"]
+    assert "recorded: 6" in html
+    assert "stale" not in html
+
+    (book.root / "book/artifacts/planted/value.json").write_text("7\n")
+    result = book.build()
+    assert result.returncode != 0
+    assert "value.json is damaged" in result.stdout, result.stdout
 
 
 def test_every_failing_cell_fails_every_build_with_file_and_line(book):

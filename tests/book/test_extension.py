@@ -58,6 +58,40 @@ def test_a_page_that_cannot_carry_the_fingerprint_is_refused():
         execution.stamp(page, ROOT / "book/x.md", ROOT)
 
 
+@pytest.fixture
+def clone(tmp_path):
+    """A page that names an artifact, and the artifact."""
+    page = tmp_path / "book/x.md"
+    folder = tmp_path / "book/artifacts/ladder"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    page.write_text(PAGE + "\n```{code-cell} ipython3\nload('ladder')\n```\n")
+    return page, folder
+
+
+def test_a_page_that_recorded_is_kept_under_the_fingerprint_it_has_then(
+    clone, monkeypatch
+):
+    page, folder = clone
+    root = page.parents[1]
+    for flag, anew in (("", False), ("other", False), ("ladder", True), ("all", True)):
+        monkeypatch.setenv("GROUNDUP_REBUILD", flag)
+        notebook = execution.read_stamped(page, root)
+        before = notebook.metadata.kernelspec.display_name
+        (folder / "values.json").write_text(f"while running with {flag}")
+        execution.stamp_anew(notebook, page, root)
+        now = execution.read_stamped(page, root).metadata.kernelspec.display_name
+        assert now != before
+        assert notebook.metadata.kernelspec.display_name == (now if anew else before)
+
+
+def test_a_build_that_records_waits_for_its_cells(monkeypatch):
+    monkeypatch.delenv("GROUNDUP_REBUILD", raising=False)
+    assert execution.seconds_per_cell() == execution.SECONDS_PER_CELL
+    monkeypatch.setenv("GROUNDUP_REBUILD", "ladder")
+    assert execution.seconds_per_cell() is None
+
+
 # Figures
 
 

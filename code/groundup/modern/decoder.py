@@ -135,8 +135,17 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.put(self.layer, k, v)
-        out = grouped_attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
-        return self.proj(merge_heads(out))
+        return self.proj(merge_heads(self.attend(q, k, v, mask)))
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G S D"],
+        v: Float[Tensor, "B G S D"],
+        mask: Tensor | None,
+    ) -> Float[Tensor, "B H T D"]:
+        """Mix the values; a variant may do it in another way here."""
+        return grouped_attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
 
 
 class DecoderBlock(nn.Module):

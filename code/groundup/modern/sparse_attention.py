@@ -19,11 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from groundup.modern.decoder import Attention, Decoder, DecoderConfig, Rotation
+from groundup.modern.decoder import Attention, Decoder, DecoderConfig
 from groundup.modern.gqa import grouped_attention
-from groundup.modern.kv_cache import KVCache
 from groundup.modern.sliding_window import window_mask
-from groundup.transformer.multi_head import merge_heads
 from groundup.transformer.single_head import causal_mask
 
 LOCAL_BLOCK = 64  # tokens; at a window of 256, 16 to 64 take the same time, 256 more
@@ -210,18 +208,17 @@ class LocalAttention(Attention):
         super().__init__(config, layer)
         self.window = config.window
 
-    def forward(
+    def attend(
         self,
-        x: Float[Tensor, "B T C"],
-        rotation: Rotation,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "B T C"]:
-        """Attend; without a mask every query sees its window."""
-        if mask is not None:
-            return super().forward(x, rotation, mask, cache)
-        q, k, v = self.project(x, rotation)
-        return self.proj(merge_heads(local_attention(q, k, v, self.window)))
+        q: Float[Tensor, "B H T D"],
+        k: Float[Tensor, "B G S D"],
+        v: Float[Tensor, "B G S D"],
+        mask: Tensor | None,
+    ) -> Float[Tensor, "B H T D"]:
+        """Without a mask every query sees its window."""
+        if mask is not None or q.shape[2] != k.shape[2]:
+            return super().attend(q, k, v, mask)
+        return local_attention(q, k, v, self.window)
 
 
 class LocalDecoder(Decoder):

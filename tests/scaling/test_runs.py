@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from groundup.modern import runs
 from groundup.modern.decoder import DecoderConfig
-from groundup.modern.runs import (
+from groundup.scaling import runs
+from groundup.scaling.recipe import TrainerConfig, Watch
+from groundup.scaling.runs import (
     DecoderRun,
     GPTRun,
     build,
@@ -17,21 +19,23 @@ from groundup.modern.runs import (
     load_run,
     own_text,
     read_config,
+    recipe,
     train_run,
 )
+from groundup.scaling.schedules import Schedule, share
+from groundup.scaling.tracking import read_json_lines
 from groundup.training.gpt import GPTConfig
-from groundup.training.loop import TrainConfig
+from groundup.training.loop import TINY_RUN, learning_rate
 from groundup.training.sampling import SamplingConfig
 
 TEXT = "the cat sat on the mat. " * 40  # 960 bytes
-SHORT = TrainConfig(
-    steps=3, batch=2, context=8, warmup=1, eval_every=2, eval_windows=None
-)
+SHORT = TrainerConfig(Schedule(3, warmup=1), batch=2, context=8)
+OFTEN = Watch(eval_every=2, eval_windows=None, save_every=1)
 SIZES = {"d_model": 16, "n_layers": 1, "n_heads": 2}
 RUNS = {
-    "gpt": GPTRun(GPTConfig(context=8, **SIZES), SHORT),
-    "modern": DecoderRun(DecoderConfig(tied=False, **SIZES), SHORT),
-    "modern, tied": DecoderRun(DecoderConfig(tied=True, **SIZES), SHORT),
+    "gpt": GPTRun(GPTConfig(context=8, **SIZES), SHORT, OFTEN),
+    "modern": DecoderRun(DecoderConfig(tied=False, **SIZES), SHORT, OFTEN),
+    "modern, tied": DecoderRun(DecoderConfig(tied=True, **SIZES), SHORT, OFTEN),
 }
 
 
@@ -47,12 +51,12 @@ def folder(run, tmp_path):
 
 
 def test_the_folder_holds_config_metrics_weights_and_a_sample(run, folder):
-    names = ["config.json", "metrics.jsonl", "model.safetensors", "samples.txt"]
+    files = ["config.json", "metrics.jsonl", "model.safetensors", "samples.txt"]
+    names = sorted([*files, "checkpoints", "tensorboard"])
     assert sorted(path.name for path in folder.iterdir()) == names
-    text = (folder / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
-    assert [row["step"] for row in rows if "validation" in row] == [2, 3]
+    curves = read_json_lines(folder / "metrics.jsonl")
+    assert list(curves["loss"]) == list(curves["grad_norm"]) == [1, 2, 3]
+    assert list(curves["validation_loss"]) == [2, 3]
     assert read_config(json.loads((folder / "config.json").read_text())) == run
     assert len((folder / "samples.txt").read_text()) > 20
 
@@ -70,11 +74,11 @@ def test_the_model_that_is_read_is_the_one_with_the_lowest_validation_loss(
 def test_the_same_run_twice_gives_the_same_files(run, tmp_path):
     for name in ("a", "b"):
         train_run(run, tmp_path / name, TEXT, progress=False)
-    for file in ("metrics.jsonl", "model.safetensors", "samples.txt"):
-        same = (tmp_path / "a" / file).read_bytes() == (
-            tmp_path / "b" / file
-        ).read_bytes()
-        assert same, file
+    a, b = tmp_path / "a", tmp_path / "b"
+    for file in ("config.json", "model.safetensors", "samples.txt"):
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    curves = [read_json_lines(folder / "metrics.jsonl") for folder in (a, b)]
+    assert curves[0]["loss"] == curves[1]["loss"]
 
 
 def test_an_existing_folder_is_never_touched(tmp_path):
@@ -85,14 +89,58 @@ def test_an_existing_folder_is_never_touched(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious"]
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+def test_a_run_that_could_not_begin_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_model", interrupt)
+    monkeypatch.setattr(runs.os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_run(RUNS["gpt"], tmp_path / "out" / "run", TEXT, progress=False)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def interrupted(run, folder, stage):
+    """Begin a run that is stopped where it would call `runs.STAGE`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, stage, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(run, folder, TEXT, progress=False)
+
+
+@pytest.mark.parametrize("stage", ["save_model", "continue_text"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(run, stage, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_run(run, whole, TEXT, progress=False)
+    interrupted(run, broken, stage)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        load_run(broken)
+    train_run(run, broken, TEXT, progress=False)
+    for file in ("model.safetensors", "samples.txt"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_begun_run_goes_on_with_its_own_config_alone(tmp_path):
+    run, out = RUNS["modern"], tmp_path / "run"
+    interrupted(run, out, "save_model")
+    other = replace(run, train=replace(SHORT, lr=0.5))
+    with pytest.raises(ValueError, match=r"begun with train=.*0.003.* got .*0.5"):
+        train_run(other, out, TEXT, progress=False)
+    with pytest.raises(ValueError, match=r"begun with text="):
+        train_run(run, out, TEXT + "more", progress=False)
+
+
+def test_a_finished_run_is_not_begun_again(run, folder):
+    with pytest.raises(FileExistsError, match="exists already"):
+        train_run(run, folder, TEXT, progress=False)
+
+
+def test_the_recipe_of_part_2_is_the_trainers():
+    new = recipe(TINY_RUN)
+    for step in range(0, TINY_RUN.steps + 2, 7):
+        rate = new.lr * share(step, new.schedule)
+        assert rate == pytest.approx(learning_rate(step, TINY_RUN), rel=1e-12)
+    for name in ("batch", "context", "weight_decay", "clip", "dtype", "seed"):
+        assert getattr(new, name) == getattr(TINY_RUN, name)
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_what_is_needed():
@@ -110,7 +158,7 @@ def test_own_text_is_cut_without_overlap():
 
 
 def test_a_window_beyond_the_gpts_context_is_refused(tmp_path):
-    run = GPTRun(GPTConfig(context=4, **SIZES), SHORT)
+    run = GPTRun(GPTConfig(context=4, **SIZES), SHORT, OFTEN)
     with pytest.raises(ValueError, match=r"at most model.context=4; got 8"):
         train_run(run, tmp_path / "run", TEXT, progress=False)
 
@@ -154,10 +202,13 @@ def test_a_missing_tensor_is_refused_by_name(folder):
         load_run(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_folder_without_a_run_is_refused(folder, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("config.json", "not a run folder"), ("model.safetensors", "not finished")],
+)
+def test_a_folder_without_a_finished_run_is_refused(folder, name, reason):
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"not a run folder: it has no {name}"):
+    with pytest.raises(FileNotFoundError, match=f"{reason}: it has no {name}"):
         load_run(folder)
 
 
