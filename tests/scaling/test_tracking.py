@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from groundup.modern.decoder import Decoder, DecoderConfig
+from groundup.scaling.recipe import TrainerConfig, Watch
+from groundup.scaling.schedules import Schedule
 from groundup.scaling.tracking import (
     JsonLines,
     TensorBoard,
@@ -19,6 +22,8 @@ from groundup.scaling.tracking import (
     WandB,
     read_json_lines,
 )
+from groundup.scaling.trainer import fit
+from groundup.training.batching import Corpus
 
 NOT_FINITE = {"up": math.inf, "down": -math.inf, "none": math.nan}
 
@@ -306,3 +311,37 @@ def test_all_are_closed_when_one_fails():
     with pytest.raises(OSError, match="b: disk full"):
         Trackers(*many).close()
     assert calls == [("b", "close"), ("a", "close")]
+
+
+class Breaks(Recorder):
+    """A disk that is full from the sixth update on."""
+
+    def log(self, step, values):
+        if step > 5:
+            raise OSError("disk full")
+
+
+def test_the_trainer_resumed_logs_every_update_once(tmp_path):
+    """Killed after update 5, resumed from the checkpoint of 3; as if never killed."""
+    config = TrainerConfig(Schedule(8, warmup=2), batch=2, context=6)
+    corpus = Corpus.of([torch.arange(50) % 7])
+
+    def run(path, folder, *more):
+        torch.manual_seed(0)
+        model = Decoder(DecoderConfig(n_vocab=7, d_model=8, n_layers=1, n_heads=1))
+        many = (*more, JsonLines(path), TensorBoard(path.with_suffix("")))
+        watch = Watch(save_every=3)
+        fit(model, corpus, config, watch=watch, folder=folder, trackers=many)
+
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    with pytest.raises(OSError, match="disk full"):
+        run(killed, tmp_path / "a", Breaks("breaks", []))
+    assert list(read_json_lines(killed)["loss"]) == [1, 2, 3, 4, 5]
+    run(killed, tmp_path / "a")
+    run(whole, tmp_path / "b")
+    for name in ("loss", "grad_norm", "rate"):
+        expected = read_json_lines(whole)[name]
+        assert list(expected) == list(range(1, 9))
+        assert read_json_lines(killed)[name] == expected
+        points = scalars(killed.with_suffix(""), name)
+        assert points == scalars(whole.with_suffix(""), name)

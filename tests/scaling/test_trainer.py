@@ -240,10 +240,14 @@ def test_trackers_are_closed_when_a_run_fails():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_left_as_it_was_found(training):
-    found = model().train(training)
-    fit(found, TRAIN, CONFIG, validation=HELD_OUT, watch=WATCH)
+def test_the_mode_is_left_as_it_was_found_and_dropout_was_on(training):
+    usual, found = model(), model().train(training)
+    torch.manual_seed(3)
+    expected = fit(usual, TRAIN, CONFIG)
+    torch.manual_seed(3)
+    history = fit(found, TRAIN, CONFIG, validation=HELD_OUT, watch=WATCH)
     assert all(module.training == training for module in found.modules())
+    assert history.losses == expected.losses
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ _REGISTRY = (
 )
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _REGISTRY}
 # What `make book` cannot do without.
-BOOK_ASSETS = ("shakespeare", "mathjax", "smollm2-135m")
+BOOK_ASSETS = ("shakespeare", "mathjax", "smollm2-135m", "qwen-vocab")
 
 
 def cache_folder() -> Path:

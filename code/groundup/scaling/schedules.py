@@ -4,7 +4,7 @@ Here: linear warm-up followed by one of four shapes, as exact tables, and the ra
 test that looks for the highest rate. Left out: restarts, and schedules that watch the
 loss.
 
-Source: Loshchilov and Hutter (2017), eq. 5 (cosine); Hu et al. (2024), section 4.1
+Source: Loshchilov and Hutter (2017), eq. 5 (cosine); Hu et al. (2024), section 4
 (warm-up, stable, decay); Smith (2017), section 3.3 (range test). Page:
 book/4-scaling/schedules.md.
 """

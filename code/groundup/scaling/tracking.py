@@ -44,7 +44,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A file of one JSON object a line, on disk as soon as it is logged.
+    """A file of one JSON object a line, out of the process as soon as it is logged.
 
     The config is a line `{"config": ...}`, a step `{"step": 7, "loss": 2.5}`. JSON has
     no NaN and no infinity: they are the strings "NaN", "Infinity" and "-Infinity",

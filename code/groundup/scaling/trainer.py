@@ -56,7 +56,8 @@ class Trainer:
         how: "none", or "ddp" or "fsdp" under torchrun.
 
     Raises:
-        ValueError: batch does not divide among processes and micro-batches.
+        ValueError: batch does not divide among processes and micro-batches, or several
+            processes would not talk.
     """
 
     def __init__(
@@ -69,6 +70,10 @@ class Trainer:
     ) -> None:
         self.source, self.config = source, config
         self.world = distributed.current_world()
+        if how == "none" and self.world.size > 1:
+            raise ValueError(
+                f"how must be ddp or fsdp for {self.world.size} processes; got {how!r}"
+            )
         self.rows = distributed.rows(config.batch, self.world)
         n_rows = config.batch // self.world.size
         if n_rows % config.micro_batches:
