@@ -149,6 +149,8 @@ def test_the_text_of_a_seed_is_the_same_in_every_process():
     )
     assert there.stdout.strip() == here
     assert here[:16] == "d983471ae0f96e0c"
+    short = text_of(TalesConfig(), "train", 50)
+    assert hashlib.sha256(short.encode()).hexdigest()[:16] == "b5d6388bae016fcb"
 
 
 def test_tales_do_not_depend_on_how_many_there_are_nor_on_the_sizes():

@@ -11,7 +11,7 @@ where the shorter begins to fall. They share this trunk: a budget goes on from w
 the budget of half its length began to fall.
 
 Source: Hägele et al. (2024), section 3, for runs that share their trunk; Yang et al.
-(2021), table 3, for a rate that falls as one over the width. Page:
+(2021) for a rate that falls as one over the width. Page:
 book/4-scaling/scaling_laws.md.
 """
 

@@ -103,7 +103,7 @@ def decode(bits: Int[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]:
 
 
 def gap(x: Float[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]:
-    """Return the distance from |x| up to the next number, for finite x in range.
+    """Return the distance from `|x|` up to the next number, for finite x in range.
 
     It doubles at every power of two, and is the smallest number below the smallest
     normal one. Example: 2^-7 at 1 and 2^-6 at 2 in bfloat16.

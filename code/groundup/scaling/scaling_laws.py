@@ -74,7 +74,7 @@ def huber_log_loss(
     """Return the sum of Huber losses of log L - log of the law, and its gradient.
 
     It is summed, not averaged: an average over many runs is so small that an optimizer
-    with the usual tolerance stops before it has begun (Besiroglu et al., section 4).
+    with the usual tolerance stops before it has begun (Besiroglu et al., 2024).
 
     Args:
         theta: log E, log A, log B, alpha, beta.

@@ -179,7 +179,7 @@ def run_program(source: str) -> str:
     """Return what a tiny program prints: one digit.
 
     Lines are `v = x` or `v = x op y`, the last one is `print v`. Variables are a to h,
-    x and y are digits or variables set before, op is +, - or *, modulo ten.
+    x and y are digits or variables set before, op is `+`, `-` or `*`, modulo ten.
 
     Raises:
         ValueError: a line is not of the language, or a variable is not set yet.
