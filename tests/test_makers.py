@@ -3,7 +3,7 @@
 import pytest
 
 from groundup import makers
-from groundup.makers import Recipe, configure, discover, find, register
+from groundup.makers import Recipe, configure, discover, register
 
 SMALL = {"steps": 1, "device": "cpu"}
 
@@ -21,7 +21,6 @@ def test_register_returns_the_maker_and_enters_it(registry):
 
     assert registry == {"one": Recipe(make, {"small": SMALL, "full": {"steps": 9}})}
     assert make.uses == ("groundup.bench",)
-    assert find("one", registry).make is make
 
 
 def test_refuses_a_second_maker_and_one_without_its_small_preset(registry):
@@ -30,15 +29,6 @@ def test_refuses_a_second_maker_and_one_without_its_small_preset(registry):
         register("one", small=SMALL)(lambda config: {})
     with pytest.raises(ValueError, match="'two' needs a preset called small"):
         register("two", full=SMALL)
-
-
-def test_find_lists_the_names_there_are(registry):
-    with pytest.raises(ValueError, match=r"'x'; there are: none yet"):
-        find("x", registry)
-    register("b", small=SMALL)(lambda config: {})
-    register("a", small=SMALL)(lambda config: {})
-    with pytest.raises(ValueError, match=r"'x'; there are: a, b"):
-        find("x", registry)
 
 
 def test_discover_imports_the_recordings_of_each_part(registry, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Claim:
 
 # Takes `quick` (a smoke run of seconds, whose ratios mean little).
 Benchmark = Callable[[bool], list[Claim]]
+T = TypeVar("T")
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
@@ -75,16 +77,16 @@ def import_from_parts(module: str, package: str = "groundup") -> None:
             importlib.import_module(f"{part.name}.{module}")
 
 
-def find(name: str, benchmarks: dict[str, Benchmark]) -> Benchmark:
-    """Return the benchmark called name.
+def find(name: str, registry: Mapping[str, T], what: str = "benchmark") -> T:
+    """Return the entry of a registry called name; what says what its entries are.
 
     Raises:
         ValueError: there is none; says which there are.
     """
-    if name not in benchmarks:
-        known = ", ".join(sorted(benchmarks)) or "none yet"
-        raise ValueError(f"no benchmark is called {name!r}; there are: {known}")
-    return benchmarks[name]
+    if name not in registry:
+        known = ", ".join(sorted(registry)) or "none yet"
+        raise ValueError(f"no {what} is called {name!r}; there are: {known}")
+    return registry[name]
 
 
 START, END = "<!-- bench -->", "<!-- /bench -->"  # around the table in a Markdown file

@@ -186,7 +186,7 @@ def rebuild(
         preset: Which of its configs: small is the one that the book shows.
     """
     from groundup import artifacts  # needs torch, which takes seconds to import
-    from groundup.makers import configure, discover, find
+    from groundup.makers import configure, discover
 
     known = discover()
     if not name:
@@ -194,7 +194,7 @@ def rebuild(
         _table("Recordings", ("name", "presets", "where it comes from"), rows)
         return 0
     with _usage():
-        recipe = find(name, known)
+        recipe = benchmarks.find(name, known, "artifact")
         config = configure(name, recipe, preset, device)
     try:
         print(artifacts.record(name, recipe.make, config).provenance)

@@ -61,18 +61,6 @@ def discover(package: str = "groundup") -> dict[str, Recipe]:
     return MAKERS
 
 
-def find(name: str, recipes: Mapping[str, Recipe]) -> Recipe:
-    """Return the recipe called name.
-
-    Raises:
-        ValueError: there is none; says which there are.
-    """
-    if name not in recipes:
-        known = ", ".join(sorted(recipes)) or "none yet"
-        raise ValueError(f"no artifact is called {name!r}; there are: {known}")
-    return recipes[name]
-
-
 def configure(name: str, recipe: Recipe, preset: str, device: str) -> Config:
     """Return the config of a preset, for a device.
 

@@ -15,7 +15,6 @@ from groundup.scaling.scaling_laws import (
     at_budget,
     bootstrap,
     fit_law,
-    fit_power,
     huber_log_loss,
     parabola_minimum,
 )
@@ -195,35 +194,6 @@ def test_groups_are_drawn_whole_and_the_seed_decides():
     whole = draw(n_samples=2, groups=np.zeros(len(n)))
     assert whole[0] == whole[1]
     assert whole[0].alpha == pytest.approx(fit_law(n, d, loss).alpha, rel=1e-3)
-
-
-# A power law in one variable
-
-
-@pytest.mark.parametrize("floor", [0.02, 0.9])
-def test_a_power_law_is_recovered(floor):
-    assert fit_power(SIZES, floor + 30.0 * SIZES**-0.4) == pytest.approx(
-        (floor, 30.0, 0.4), rel=1e-3
-    )
-
-
-def test_a_power_law_agrees_with_scipy():
-    noise = np.random.default_rng(1).normal(0, 0.003, len(SIZES))
-    loss = (0.9 + 30.0 * SIZES**-0.4) * np.exp(noise)
-    theirs, _ = curve_fit(
-        lambda x, f, s, p: np.log(np.exp(f) + np.exp(s) * x**-p),
-        SIZES,
-        np.log(loss),
-        p0=[np.log(0.9), np.log(30), 0.4],
-    )
-    found = fit_power(SIZES, loss)
-    expected = (np.exp(theirs[0]), np.exp(theirs[1]), theirs[2])
-    assert found == pytest.approx(expected, rel=1e-2)
-
-
-def test_a_power_law_needs_three_points():
-    with pytest.raises(ValueError, match="three different x"):
-        fit_power(np.array([1.0, 2.0, 2.0]), np.array([3.0, 2.0, 2.0]))
 
 
 # IsoFLOP curves

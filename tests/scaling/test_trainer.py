@@ -65,6 +65,7 @@ class Notes:
 
 
 def test_it_is_the_loop_of_part_2_bit_for_bit():
+    """For so few tokens their sum does not round; `test_bench_trainer` has more."""
     ours, theirs = model(), model()
     torch.manual_seed(3)
     found = fit(ours, TRAIN, CONFIG, validation=HELD_OUT, watch=WATCH)

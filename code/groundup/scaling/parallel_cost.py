@@ -99,8 +99,6 @@ class Cluster:
 # Narayanan et al. (2021), section 5: 312 TFLOP/s, 80 GB, 8 links of 200 Gbit/s a node.
 # Inside a node half of what the maker's data sheets give for both directions together.
 A100 = Cluster(312e12)
-# Dubey et al. (2024), section 3.3.1: 80 GB, 400 Gbit/s between GPUs.
-H100 = Cluster(989e12, inside=450e9, between=50e9)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 Here: the law L(N, D) = E + A / N^alpha + B / D^beta with its best split of compute, its
 fit by Hoffmann's third approach (Huber loss of the log-loss, L-BFGS from many starts),
-bootstrap samples of it, a power law with a floor, and IsoFLOP curves with the minimum
-of their parabola. Left out: the runs (`ladder`), other shapes of the law, and
-corrections for data that is read more than once.
+bootstrap samples of it, and IsoFLOP curves with the minimum of their parabola. Left
+out: the runs (`ladder`), other shapes of the law, and corrections for data that is
+read more than once.
 
 Source: Hoffmann et al. (2022), section 3.3, eqs. 2 to 4, and appendix D.3; Besiroglu et
 al. (2024) for what goes wrong there; Kaplan et al. (2020), section 1.2. Page:
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray as Array
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import minimize
 
 Number = int | float | Array
 FLOP_PER_PARAMETER = 6  # and token: 2 forward, 4 backward (Kaplan et al., table 1)
@@ -189,40 +189,6 @@ def bootstrap(
         if len(set(n[rows])) > 2 and len(set(d[rows])) > 2:
             laws.append(fit_law(n[rows], d[rows], loss[rows], starts=[best]))
     return laws
-
-
-def fit_power(
-    x: Shaped[Array, "M"], loss: Float[Array, "M"]
-) -> tuple[float, float, float]:
-    """Fit loss = floor + scale / x^exponent by least squares of the log; return these.
-
-    Raises:
-        ValueError: there are fewer than three different x.
-    """
-    if len(set(x)) < 3:
-        raise ValueError(f"three numbers need three different x; got {sorted(set(x))}")
-    log_x, log_loss = np.log(x), np.log(loss)
-    centre = log_x.mean()
-
-    def errors(theta: Array) -> Array:
-        log_floor, log_scale, exponent = theta
-        fall = log_scale - exponent * (log_x - centre)
-        return np.logaddexp(log_floor, fall) - log_loss
-
-    tries = [
-        least_squares(
-            errors,
-            [np.log(share * loss.min()), np.log((1 - share) * loss.mean()), exponent],
-            bounds=([-20, -20, 0], [10, 20, 5]),
-            xtol=1e-14,
-            ftol=1e-14,
-            gtol=1e-14,
-        )
-        for share, exponent in itertools.product((0.3, 0.9), (0.2, 0.8))
-    ]
-    log_floor, log_scale, exponent = min(tries, key=lambda found: found.cost).x
-    scale = float(np.exp(log_scale + exponent * centre))
-    return float(np.exp(log_floor)), scale, float(exponent)
 
 
 def at_budget(
