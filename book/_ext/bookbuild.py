@@ -80,7 +80,7 @@ def setup(app):
     app.connect("env-before-read-docs", execution.execute_missing)
     app.connect("source-read", execution.stamp_source)
     app.connect("doctree-resolved", keep_percent_with_number)
-    app.connect("env-check-consistency", figures.number_by_section)
+    app.connect("write-started", figures.number_by_section)
     app.connect("html-page-context", figures.inline_svgs)
     app.connect("html-page-context", notebooks.add_buttons, priority=900)
     app.connect("build-finished", notebooks.publish)

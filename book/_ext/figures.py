@@ -79,12 +79,15 @@ def inline(svg: str, attributes: dict[str, str], *, prefix: str, link) -> str:
     return ROOT_TAG.sub(lambda m: head, body, count=1).strip()
 
 
-def number_by_section(app, env) -> None:
+def number_by_section(app, builder) -> None:
     """Number figures, listings, equations and exercises within their page.
 
     The third figure of page 1.2 is Fig. 1.2.3, whatever stands on other pages. The
-    section is the number that the page's title begins with.
+    section is the number that the page's title begins with. For the event
+    `write-started`: Sphinx keeps the plain numbers, and checks consistency only where a
+    source has changed, but pages are also written anew when the old ones are gone.
     """
+    env = builder.env
     for docname, kinds in env.toc_fignumbers.items():
         section = SECTION.match(env.titles[docname].astext() + " ")
         if section is None:

@@ -171,6 +171,18 @@ def test_runs_what_changed_and_nothing_else(book):
     assert "the value is 2" in book.html("one")
 
 
+def test_numbers_carry_the_section_also_when_only_the_site_is_gone(book):
+    path = book.root / "book/0-foundations/two.md"
+    path.write_text(
+        "# 0.2 Two\n\n$$\nx = 1\n$$ (eq-planted)\n\nSee {eq}`eq-planted`.\n"
+    )
+    for _ in range(2):
+        done = book.build()
+        assert done.returncode == 0, done.stdout
+        assert "(0.2.1)" in book.html("two")
+        shutil.rmtree(book.root / "_build/html")
+
+
 def test_a_recording_is_part_of_its_page(book):
     """Made by the build that is asked to, shown by the others, told when stale."""
 

@@ -157,7 +157,7 @@ def numbered(title, **kinds):
         toc_fignumbers={"page": kinds},
         titles={"page": SimpleNamespace(astext=lambda: title)},
     )
-    figures.number_by_section(None, env)
+    figures.number_by_section(None, SimpleNamespace(env=env))
     return env.toc_fignumbers["page"]
 
 
