@@ -153,6 +153,14 @@ def test_event_files_hold_values_steps_and_config(tmp_path):
     ]
 
 
+def test_event_files_sort_by_name_as_they_were_written(tmp_path):
+    # A name ends with a counter that is not padded: within a second, 10 is before 9.
+    for _ in range(2):
+        write(TensorBoard(tmp_path), [(0, 1.0)])
+    seconds = [path.name.split(".")[3] for path in tmp_path.iterdir()]
+    assert len(set(seconds)) == 2
+
+
 def test_event_files_of_a_resumed_run_forget_the_steps_that_are_repeated(tmp_path):
     write(TensorBoard(tmp_path), [(s, 1.0) for s in range(8)])
     write(TensorBoard(tmp_path), [(s, 2.0) for s in range(5, 10)])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -164,6 +165,10 @@ class TensorBoard:
         self._writer = self._config = None
 
     def _open(self, step: int | None) -> None:
+        # Readers sort the files by name: the second, then the process. Two files of one
+        # second would be read in any order, so this one waits for the next.
+        while any(self.folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
         self._writer = SummaryWriter(
             str(self.folder), purge_step=step, flush_secs=FLUSH_SECONDS
         )
