@@ -371,6 +371,11 @@ def test_every_page_with_code_has_a_notebook(browser):
     assert with_code == NOTEBOOKS
 
 
+def test_no_page_names_the_machine_that_built_it(browser):
+    named = [page for page in PAGES if str(ROOT) in (SITE / f"{page}.html").read_text()]
+    assert not named
+
+
 def test_the_root_leads_to_the_landing_page(browser):
     tab = browser.context.new_page()
     tab.goto(browser.base, wait_until="commit")
