@@ -25,9 +25,8 @@ def test_spread_is_mean_and_range_in_bits():
 
 
 def test_both_models_of_the_loss_benchmark_are_near_in_size():
-    from groundup.training.gpt import GPT, GPTConfig
-
-    sizes = bench_training.LOSS_SIZES
-    gpt = sum(p.numel() for p in GPT(GPTConfig(context=128, **sizes)).parameters())
-    decoder = sum(p.numel() for p in Decoder(DecoderConfig(**sizes)).parameters())
+    gpt, decoder = (
+        sum(p.numel() for p in bench_training._loss_model(name).parameters())
+        for name in ("GPT", "Decoder")
+    )
     assert decoder == pytest.approx(gpt, rel=0.05)

@@ -15,7 +15,7 @@ import torch
 from groundup.bench import Claim, register
 from groundup.foundations.environment import median_seconds
 from groundup.modern.kv_cache import generate
-from groundup.modern.one_row import choose_products
+from groundup.modern.one_row import OneRowDecoder, product_seconds
 from groundup.modern.weights import hf_config, load_smollm2, to_hf
 
 PROMPT = (
@@ -85,8 +85,12 @@ def _forms(n_new: int) -> tuple[dict[str, Callable[[int], object]], dict[str, in
     )
     forms: dict[str, Callable[[int], object]] = {}
     for dtype, (mine, other) in models.items():
-        vector = choose_products(mine)
-        print(f"ours {dtype}: one row by {'torch.mv' if vector else 'F.linear'}")
+        mine = OneRowDecoder(mine)
+        alone = product_seconds(mine.decoder, by_vector=mine.by_vector)
+        print(
+            f"ours {dtype}: by torch.{'addmv' if mine.by_vector else 'addmm'}; the "
+            f"products alone take {alone * 1e3:.1f} ms a token"
+        )
         forms[f"transformers {dtype}"] = lambda b, m=other: m.generate(
             torch.tensor([prompt] * b), generation_config=greedy
         )[:, N_PROMPT:].tolist()
