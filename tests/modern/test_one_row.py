@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from groundup.modern import one_row
 from groundup.modern.alibi import AlibiDecoder
 from groundup.modern.decoder import Decoder, DecoderConfig
 from groundup.modern.kv_cache import KVCache, generate
-from groundup.modern.one_row import OneRowDecoder
+from groundup.modern.one_row import OneRowDecoder, product_seconds
 from groundup.modern.quantised_cache import QuantisedCache
 from groundup.modern.rmsnorm import RMSNorm
 from groundup.modern.rolling_cache import RollingCache
@@ -144,3 +145,30 @@ def test_half_precision_is_as_near_the_truth():
         errors.append((read(model, cache) - truth).square().mean().sqrt())
     assert errors[1] < 1.3 * errors[0]
     assert errors[1] > 0
+
+
+@each_product
+def test_every_matrix_is_timed_once(monkeypatch, by_vector):
+    """Four matrices in each of three blocks, and the head."""
+    found = []
+
+    def seconds(call):
+        found.extend(call())
+        return 3.0
+
+    monkeypatch.setattr(one_row, "median_seconds", seconds)
+    model = decoder(n_kv_heads=2)
+    assert product_seconds(model, by_vector=by_vector) == 3.0
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(found) == 4 * 3 + 1
+    for product, weight in zip(found, weights, strict=True):
+        torch.testing.assert_close(product.flatten(), weight.sum(1), **EXACT)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_takes_the_faster_product(monkeypatch, faster):
+    def seconds(model, *, by_vector):
+        return 1.0 if by_vector == faster else 2.0
+
+    monkeypatch.setattr(one_row, "product_seconds", seconds)
+    assert OneRowDecoder(decoder()).by_vector == faster
