@@ -1,15 +1,14 @@
-"""Benchmarks of training: a step against transformers', a minute against the GPT.
+"""`groundup bench train-step`: one update against transformers'.
 
-Here: `train-step`, the time of one update of our models and of transformers' models of
-the same sizes; `loss`, what our two models learn in equal time. Left out: generation
-(`bench_decode`).
+Here: the time of an update of our GPT and our Decoder beside transformers' models of
+the same sizes, in both dtypes, and the share of what the matrix products alone could
+reach. Left out: what is learned (`bench_loss`), generation (`bench_decode`).
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from torch.nn import functional as F
 from groundup.bench import Claim, register
 from groundup.foundations.environment import matmul_rates
 from groundup.modern.decoder import Decoder, DecoderConfig
-from groundup.training.batching import Split, shakespeare_split
+from groundup.training.batching import shakespeare_split
 from groundup.training.gpt import GPT, GPTConfig
-from groundup.training.loop import DTYPES, TrainConfig, train, window_losses
+from groundup.training.loop import DTYPES
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 6, 384, 6, 256, 16
 PEAK_SIZE = 2048  # of the matrices whose product states the machine's peak
@@ -162,108 +161,3 @@ def train_step(quick: bool) -> list[Claim]:
                 )
             )
     return claims
-
-
-LOSS_SIZES = {"d_model": 192, "n_layers": 4, "n_heads": 6}
-LOSS_RECIPE = TrainConfig(
-    context=128,
-    lr_end=0.0,
-    dtype="bfloat16",
-    eval_every=20,
-    eval_windows=64,
-)
-# Each model's best for a minute: batches of 8 and 16, at least three rates for each.
-LOSS_TUNED = {"GPT": {"batch": 16, "lr": 5e-3}, "Decoder": {"batch": 8, "lr": 2e-3}}
-LOSS_SECONDS = 60.0  # of training, a run
-
-
-def _loss_model(name: str) -> nn.Module:
-    if name == "GPT":
-        return GPT(GPTConfig(context=LOSS_RECIPE.context, **LOSS_SIZES))
-    return Decoder(DecoderConfig(tied=False, **LOSS_SIZES))
-
-
-def _loss_config(name: str, steps: int, seed: int = 0) -> TrainConfig:
-    some = {"steps": steps, "warmup": min(100, steps // 10), "seed": seed}
-    return replace(LOSS_RECIPE, **some, **LOSS_TUNED[name])
-
-
-def _steps_in(seconds: float, name: str, split: Split) -> int:
-    """Estimate how many updates fit, validation included, from a few of them."""
-    model, few = _loss_model(name), 2 * LOSS_RECIPE.eval_every
-    train(model, split.train, _loss_config(name, 2))
-    start = time.perf_counter()
-    train(model, split.train, _loss_config(name, few), split.validation)
-    return max(few, round(seconds * few / (time.perf_counter() - start)))
-
-
-def _spread(nats: list[float]) -> str:
-    """Mean and range in bits, of losses in nats per byte."""
-    bits = [loss / math.log(2) for loss in nats]
-    return f"{statistics.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})"
-
-
-@register("loss")
-def loss(quick: bool) -> list[Claim]:
-    """Train both for the same time, and the Decoder on half the GPT's tokens too.
-
-    Three seeds each, in turns, each run with a whole schedule of its own. The losses on
-    the way are read inside the time, by all alike.
-    """
-    split = shakespeare_split()
-    x, y = split.validation.windows(LOSS_RECIPE.context)
-    seconds = 4.0 if quick else LOSS_SECONDS
-    steps = {name: _steps_in(seconds, name, split) for name in LOSS_TUNED}
-    batch = {name: tuned["batch"] for name, tuned in LOSS_TUNED.items()}
-    half = steps["GPT"] * batch["GPT"] // (2 * batch["Decoder"])
-    sides = {
-        "GPT": ("GPT", steps["GPT"]),
-        "Decoder": ("Decoder", steps["Decoder"]),
-        "Decoder, half": ("Decoder", half),
-    }
-    curves: dict[str, list[dict[int, float]]] = {side: [] for side in sides}
-    finals: dict[str, list[float]] = {side: [] for side in sides}  # the whole play
-    print(f"{'model':<14}{'seed':>5}{'updates':>9}{'seconds':>9}{'bits per byte':>15}")
-    for seed in (0, 1, 2):
-        for side, (name, n_steps) in sides.items():
-            torch.manual_seed(seed)
-            model = _loss_model(name)
-            start = time.perf_counter()
-            history = train(
-                model, split.train, _loss_config(name, n_steps, seed), split.validation
-            )
-            took = time.perf_counter() - start
-            final = window_losses(model, x, y).mean().item()
-            curves[side].append(history.validation)
-            finals[side].append(final)
-            print(
-                f"{side:<14}{seed:>5}{n_steps:>9}{took:>9.1f}"
-                f"{final / math.log(2):>15.3f}",
-                flush=True,
-            )
-    goal = statistics.mean(curve[steps["GPT"]] for curve in curves["GPT"])
-    reached = [
-        next((step for step, value in sorted(curve.items()) if value <= goal), math.inf)
-        for curve in curves["Decoder, half"]
-    ]
-    means = {side: statistics.mean(each) for side, each in finals.items()}
-    detail = "; ".join(f"{side} {_spread(each)}" for side, each in finals.items())
-    print(f"on half the tokens the Decoder reaches the GPT's mean loss after {reached}")
-    return [
-        Claim(
-            "GPT / Decoder bits per byte in equal time",
-            means["GPT"] / means["Decoder"],
-            1.0,
-            detail,
-        ),
-        Claim(
-            "GPT / Decoder bits per byte, the Decoder on half the tokens",
-            means["GPT"] / means["Decoder, half"],
-            1.0,
-        ),
-        Claim(
-            "GPT / Decoder tokens to the GPT's loss",
-            steps["GPT"] * batch["GPT"] / statistics.median(reached) / batch["Decoder"],
-            2.0,
-        ),
-    ]
