@@ -59,14 +59,16 @@ def test_equals_the_decoder_at_every_position(changes, by_vector):
         torch.testing.assert_close(found, model(IDS), **EXACT)
 
 
-def test_takes_the_short_way(monkeypatch):
+@each_product
+def test_takes_the_short_way_and_the_product_asked_for(monkeypatch, by_vector):
     """Else the comparison would be one of the decoder with itself."""
     model = decoder()
-    short = OneRowDecoder(model)
+    short = OneRowDecoder(model, by_vector=by_vector)
     cache = KVCache(model.config, IDS.shape[1], dtype=torch.float64)
     with torch.no_grad():
         short(IDS[:, :3], None, cache)
         monkeypatch.setattr(Decoder, "forward", None)
+        monkeypatch.setattr(torch, "addmm" if by_vector else "addmv", None)
         assert short(IDS[:, 3:4], None, cache, n_last=1).shape == (1, 1, 40)
         with pytest.raises(TypeError):
             short(IDS[:, :3], None, cache)
@@ -91,10 +93,10 @@ def test_positions_of_ones_own():
     model = decoder()
     caches = [KVCache(model.config, 4, dtype=torch.float64) for _ in range(2)]
     with torch.no_grad():
-        for where in (7, 11, 30):
+        for token, where in zip(IDS.T[:, None], (7, 11, 30), strict=False):
             at = torch.tensor([[where]])
-            expected = model(IDS[:, :1], at, caches[0])
-            found = OneRowDecoder(model)(IDS[:, :1], at, caches[1])
+            expected = model(token, at, caches[0])
+            found = OneRowDecoder(model)(token, at, caches[1])
             torch.testing.assert_close(found, expected, **EXACT)
 
 
@@ -135,6 +137,18 @@ def test_refuses_what_it_does_not_know(model, name):
         OneRowDecoder(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scale_of_a_norm_is_not_rounded_to_half(dtype):
+    """16 numbers of 40,000: their length, 160,000, is beyond float16's 65,504."""
+    x = torch.full((16,), 40_000.0, dtype=dtype)
+    norm = RMSNorm(16, eps=0.0).to(dtype)
+    row, scale = one_row._normed(norm, x)
+    assert torch.equal(row, x)
+    assert scale == pytest.approx(1 / x[0].item(), rel=1e-6)
+    x = torch.arange(1.0, 17.0, dtype=dtype)  # a mean square of 93.5
+    assert one_row._normed(norm, x)[1] == pytest.approx(93.5**-0.5, rel=1e-6)
+
+
 def test_half_precision_is_as_near_the_truth():
     """The float32 logits are the truth for both passes in bfloat16."""
     truth = read(decoder().float(), KVCache(DecoderConfig(**SMALL), 13))
@@ -162,6 +176,9 @@ def test_every_matrix_is_timed_once(monkeypatch, by_vector):
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(found) == 4 * 3 + 1
     for product, weight in zip(found, weights, strict=True):
+        assert product.dim() == (
+            1 if by_vector else 2
+        )  # a vector, or a matrix of a row
         torch.testing.assert_close(product.flatten(), weight.sum(1), **EXACT)
 
 

@@ -92,7 +92,12 @@ class OneRowDecoder(nn.Module):
         return self._times(decoder.head.weight, row, scale).view(1, 1, -1)
 
     def _attention(
-        self, block: DecoderBlock, x: Tensor, turn: Tensor, mask, cache: Cache
+        self,
+        block: DecoderBlock,
+        x: Tensor,
+        turn: Tensor,
+        mask: Tensor | None,
+        cache: Cache,
     ) -> Tensor:
         attention, d_head = block.attention, len(turn)
         n_heads, n_groups = attention.n_heads, attention.n_groups
@@ -136,7 +141,7 @@ def _normed(norm: RMSNorm, x: Float[Tensor, "C"]) -> tuple[Float[Tensor, "C"], f
 
 @torch.no_grad()
 def product_seconds(decoder: Decoder, *, by_vector: bool) -> float:
-    """Time one row through every matrix and nothing else: what a token costs at least.
+    """Time one row through every matrix and nothing else: a token costs no less.
 
     Args:
         decoder: its matrices are read, one after the other.

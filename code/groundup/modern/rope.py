@@ -44,7 +44,6 @@ def rope_frequencies(d_head: int, theta: float = THETA) -> Float[Tensor, "half"]
     return theta**-exponents
 
 
-@torch.compiler.disable  # fused, it would compute the angles anew for every number
 def rope_tables(
     positions: Int[Tensor, "... T"],
     d_head: int,
